@@ -1,0 +1,182 @@
+"""The artifact folder and its manifest: what was pruned, how, what was exported, and the checks.
+
+    artifacts/<model>-dlp-s70-int8/
+      manifest.json                  this module
+      recipe.yaml  masks.safetensors dlp_deploy.recipes
+      checkpoint/                    pruned Hugging Face checkpoint, tokenizer and config
+      <engine>/model.onnx + data     the asked precision, sparse
+      <engine>/<precision>/...       further precisions, when several were asked for
+      baseline/<precision>/...       the dense model, for comparison
+
+Every file is listed with its size and SHA-256, so that a truncated copy is recognized.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from .errors import UserError
+from .storage import sha256_file, write_text
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+CHECKPOINT = "checkpoint"
+MASKS = "masks.safetensors"
+RECIPE = "recipe.yaml"
+
+EngineName = Literal["deepsparse", "onnxruntime"]
+Precision = Literal["fp32", "int8", "int4"]
+
+
+class _Stored(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Source(_Stored):
+    """Where the dense model came from."""
+
+    name: str
+    location: str
+    architecture: str
+    sha256: str
+    blocks: int
+    parameters: int
+
+
+class BlockSparsity(_Stored):
+    """One decoder block: its layer score, the sparsity it was given, and the one counted in its mask."""
+
+    index: int
+    score: float | None
+    asked: float
+    measured: float
+    weights: int
+
+
+class CalibrationRecord(_Stored):
+    """The token windows that the activations were measured on; `sha256` is over the int64 token ids."""
+
+    source: str
+    windows: int
+    tokens_per_window: int
+    seed: int
+    sha256: str
+
+
+class Pruning(_Stored):
+    method: str
+    allocation: str
+    statistic: str | None
+    alpha: float | None
+    pattern: str
+    sparsity_asked: float
+    sparsity: float
+    blocks: tuple[BlockSparsity, ...]
+    calibration: CalibrationRecord | None
+    resumed_from_block: tuple[int, ...] = ()
+
+
+class OutputCheck(_Stored):
+    """Agreement of an engine with torch on the same weights before quantization.
+
+    `max_rel_error` is max |engine - torch| / max |torch| over all logits of the checked positions;
+    `greedy_match` is the share of positions with the same arg max.
+    """
+
+    engine: str
+    max_rel_error: float
+    mean_rel_error: float
+    greedy_match: float
+    positions: int
+
+
+class Export(_Stored):
+    """One ONNX graph of the artifact. `sparsity` is counted in the exported block weights."""
+
+    path: str
+    engine: EngineName
+    precision: Precision
+    dense: bool
+    sparsity: float
+    weight_bytes: int
+    opset: int
+    checks: tuple[OutputCheck, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+class StoredFile(_Stored):
+    path: str
+    bytes: int
+    sha256: str
+
+
+class Manifest(_Stored):
+    schema_version: int = SCHEMA
+    created: str
+    dlp_deploy: str
+    source: Source
+    pruning: Pruning
+    exports: tuple[Export, ...] = ()
+    files: tuple[StoredFile, ...] = ()
+
+    def export_for(self, engine: str, precision: str, dense: bool) -> Export | None:
+        """The export with these properties, or None."""
+        for export in self.exports:
+            if (export.engine, export.precision, export.dense) == (engine, precision, dense):
+                return export
+        return None
+
+
+def list_files(folder: Path) -> tuple[StoredFile, ...]:
+    """Size and SHA-256 of every file below `folder` but the manifest, in path order."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
+    return tuple(
+        StoredFile(path=p.relative_to(folder).as_posix(), bytes=p.stat().st_size, sha256=sha256_file(p))
+        for p in files
+    )
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    write_text(folder / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read manifest.json. Raises UserError when the folder is no artifact of a known schema."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise UserError(f"{folder} is no artifact (it has no {MANIFEST}); make one with: dlp-deploy prune-export")
+    try:
+        return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{path}: {field or 'not JSON'}: {first['msg']}") from None
+
+
+def check_files(folder: Path, manifest: Manifest, below: Iterable[str] = ("",)) -> None:
+    """Raise UserError naming the first file that is missing or differs from the manifest.
+
+    Only files whose path starts with one of `below` are read: benchmarking one engine need not
+    hash the graphs of the other.
+    """
+    prefixes = tuple(below)
+    for stored in manifest.files:
+        if not stored.path.startswith(prefixes):
+            continue
+        path = folder / stored.path
+        if not path.is_file():
+            raise UserError(f"{folder} is incomplete: {stored.path} is missing; export it again")
+        if path.stat().st_size != stored.bytes or sha256_file(path) != stored.sha256:
+            raise UserError(f"{path} was altered after export (its SHA-256 differs); export it again")
+
+
+def newest_artifact(folder: Path = Path("artifacts")) -> Path:
+    """The most recently finished artifact below `folder`. Raises UserError when there is none."""
+    found = sorted(folder.glob(f"*/{MANIFEST}"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise UserError(f"no artifact below {folder}/; make one with: dlp-deploy prune-export")
+    return found[-1].parent

@@ -1,0 +1,11 @@
+"""The one exception that means "the user can fix this"."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """What the user asked for cannot be done as asked.
+
+    The message is one line: what is wrong, and what to do about it. The command line prints it on
+    stderr and exits with status 2; library callers get it as an ordinary exception.
+    """
