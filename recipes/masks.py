@@ -1,0 +1,269 @@
+"""Keep-masks of a pruned model, one bit a weight, in a safetensors file.
+
+Format "dlp-masks", version 1. One uint8 tensor per pruned weight, under the name that the weight has
+in the Hugging Face checkpoint ("model.layers.0.self_attn.q_proj.weight"), of shape
+[rows, ceil(columns / 8)]. Weight [r, c] is kept when bit `c % 8` (bit 0 is the least significant:
+little-endian bit order) of byte [r, c // 8] is 1; the unused high bits of a row's last byte are 0. Rows
+start on byte boundaries, so a slice of rows is a slice of bytes.
+
+The file's metadata holds four strings: "format", "version", "model" (JSON of `ModelIdentity`) and
+"modules" (JSON: weight name -> {"shape": [rows, columns], "sha256": digest of the source weights}).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from ..errors import UserError
+from ..families import Decoder
+from ..storage import atomic_path
+
+FORMAT = "dlp-masks"
+VERSION = "1"
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """The model that masks were made for.
+
+    `name` and `sha256` (of the dense checkpoint) say which one it was. A fine-tune differs in both, so
+    masks fit a checkpoint when the other fields, which fine-tuning never changes, are equal.
+    """
+
+    name: str
+    sha256: str
+    family: str
+    blocks: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    norm_epsilon: float
+
+
+def identity_of(decoder: Decoder, name: str, sha256: str) -> ModelIdentity:
+    return ModelIdentity(
+        name=name,
+        sha256=sha256,
+        family=decoder.family.name,
+        blocks=decoder.blocks,
+        hidden=decoder.hidden,
+        intermediate=decoder.intermediate,
+        heads=decoder.heads,
+        kv_heads=decoder.kv_heads,
+        norm_epsilon=decoder.norm_epsilon,
+    )
+
+
+def check_same_model(masks: ModelIdentity, checkpoint: ModelIdentity) -> None:
+    """Raise UserError naming the first field in which the two are not the same model."""
+    for field in fields(ModelIdentity):
+        if field.name in ("name", "sha256"):
+            continue
+        expected, found = getattr(masks, field.name), getattr(checkpoint, field.name)
+        if expected != found:
+            raise UserError(
+                f"these masks are for another model: {field.name} is {expected} in {masks.name}, "
+                f"{found} in {checkpoint.name}; take the masks of a pruning of this model"
+            )
+
+
+def pack_mask(keep: torch.Tensor | NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """Pack a bool mask [rows, columns] (True: kept) into uint8 [rows, ceil(columns / 8)]."""
+    return np.packbits(_as_bool(keep), axis=1, bitorder="little")
+
+
+def unpack_mask(bits: NDArray[np.uint8], shape: tuple[int, int]) -> torch.Tensor:
+    """The bool mask of `shape` that `pack_mask` packed into `bits`."""
+    unpacked = np.unpackbits(bits, axis=1, count=shape[1], bitorder="little")
+    return torch.from_numpy(unpacked.view(np.bool_))
+
+
+def _as_bool(keep: torch.Tensor | NDArray[np.bool_]) -> NDArray[np.bool_]:
+    array = keep.detach().cpu().numpy() if isinstance(keep, torch.Tensor) else keep
+    if array.dtype != np.bool_ or array.ndim != 2:
+        raise TypeError(f"a mask is a bool matrix, not {array.dtype} of {array.ndim} dimensions")
+    return array
+
+
+def weights_sha256(weights: torch.Tensor) -> str:
+    """SHA-256 (hex) over the bytes of `weights` in their stored dtype, in row-major order."""
+    return hashlib.sha256(weights.detach().cpu().contiguous().view(torch.uint8).numpy()).hexdigest()
+
+
+@dataclass(frozen=True)
+class PackedMask:
+    """One weight's mask: `bits` is uint8 [rows, ceil(columns / 8)] for `shape` = (rows, columns)."""
+
+    shape: tuple[int, int]
+    bits: NDArray[np.uint8]
+    source_sha256: str
+
+    def keep(self) -> torch.Tensor:
+        """The mask as bool [rows, columns], True where the weight is kept."""
+        return unpack_mask(self.bits, self.shape)
+
+    def sparsity(self) -> float:
+        """Share of weights that are pruned."""
+        return 1.0 - int(self.keep().sum()) / (self.shape[0] * self.shape[1])
+
+
+def mask_of(keep: torch.Tensor, source: torch.Tensor) -> PackedMask:
+    """Pack `keep` together with the digest of the weights that it was decided on."""
+    if keep.shape != source.shape:
+        raise ValueError(f"a mask of shape {tuple(keep.shape)} for weights of shape {tuple(source.shape)}")
+    rows, columns = keep.shape
+    return PackedMask((rows, columns), pack_mask(keep), weights_sha256(source))
+
+
+def write_masks(path: Path, masks: Mapping[str, PackedMask], model: ModelIdentity) -> None:
+    """Write `masks`, whole or not at all, one mask in memory at a time when they are mapped from files."""
+    header = _header(masks, model)
+    with atomic_path(path) as temporary, temporary.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(header)))
+        stream.write(header)
+        for mask in masks.values():
+            stream.write(np.ascontiguousarray(mask.bits).data)
+
+
+def _header(masks: Mapping[str, PackedMask], model: ModelIdentity) -> bytes:
+    modules = {name: {"shape": mask.shape, "sha256": mask.source_sha256} for name, mask in masks.items()}
+    header: dict[str, Any] = {
+        "__metadata__": {
+            "format": FORMAT,
+            "version": VERSION,
+            "model": json.dumps(asdict(model)),
+            "modules": json.dumps(modules),
+        }
+    }
+    start = 0
+    for name, mask in masks.items():
+        end = start + mask.bits.size
+        header[name] = {"dtype": "U8", "shape": mask.bits.shape, "data_offsets": (start, end)}
+        start = end
+    text = json.dumps(header).encode()
+    return text + b" " * (-len(text) % 8)  # safetensors wants the data aligned to 8 bytes
+
+
+def merge_masks(path: Path, parts: Sequence[Path]) -> None:
+    """Join mask files of one model (as written block by block) into one, streaming from file to file.
+
+    Raises UserError when the parts are of different models or hold the same weight twice.
+    """
+    opened = [open_masks(part) for part in parts]
+    joined: dict[str, PackedMask] = {}
+    for part, masks in zip(parts, opened, strict=True):
+        if masks.model != opened[0].model:
+            raise UserError(
+                f"{part}: masks of {masks.model.name}, but {parts[0]} is of {opened[0].model.name}"
+            )
+        for name in masks.names():
+            if name in joined:
+                raise UserError(f"{part}: the mask of {name} is in an earlier file as well")
+            joined[name] = masks.packed(name)
+    write_masks(path, joined, opened[0].model)
+
+
+@dataclass(frozen=True)
+class _Module:
+    shape: tuple[int, int]
+    sha256: str
+
+
+class Masks:
+    """An open mask file. Bits are mapped, not read: only the masks that are asked for cost memory."""
+
+    def __init__(self, path: Path, file: Any, model: ModelIdentity, modules: dict[str, _Module]) -> None:
+        self.path = path
+        self.model = model
+        self._file = file
+        self._modules = modules
+
+    def names(self) -> list[str]:
+        """Names of the masked weights, in file order."""
+        return list(self._modules)
+
+    def shape(self, name: str) -> tuple[int, int]:
+        return self._modules[name].shape
+
+    def packed(self, name: str) -> PackedMask:
+        module = self._modules[name]
+        return PackedMask(module.shape, self._file.get_tensor(name).numpy(), module.sha256)
+
+    def mask(self, name: str) -> torch.Tensor:
+        """The keep-mask of weight `name`: bool [rows, columns]."""
+        return self.packed(name).keep()
+
+    def check_fits(self, model: ModelIdentity, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise UserError unless every mask has a weight of its name and shape in this model."""
+        check_same_model(self.model, model)
+        for name, module in self._modules.items():
+            if name not in shapes:
+                raise UserError(
+                    f"{self.path}: {name} is not in {model.name}; these masks are for another model"
+                )
+            if tuple(shapes[name]) != module.shape:
+                raise UserError(
+                    f"{self.path}: {name} is {_times(module.shape)} here and {_times(shapes[name])} "
+                    f"in {model.name}; these masks are for another model"
+                )
+
+
+def _times(shape: Sequence[int]) -> str:
+    return "x".join(str(size) for size in shape)
+
+
+def apply_mask(weights: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """A copy of `weights` with +0.0 wherever `keep` is False."""
+    return weights.masked_fill(~keep.to(weights.device), 0)
+
+
+def open_masks(path: Path) -> Masks:
+    """Open a mask file. Raises UserError when it is missing, damaged, or not of this format."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such mask file")
+    try:
+        file = safe_open(str(path), framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is no whole safetensors file ({error}); copy or prune it again") from None
+    metadata = file.metadata() or {}
+    if metadata.get("format") != FORMAT:
+        raise UserError(f"{path} holds no masks (its format is {metadata.get('format')!r}, not {FORMAT!r})")
+    if metadata.get("version") != VERSION:
+        raise UserError(
+            f"{path}: masks of version {metadata.get('version')}; this dlp-deploy reads version {VERSION}"
+        )
+    try:
+        model = ModelIdentity(**json.loads(metadata["model"]))
+        modules = {
+            name: _Module((int(entry["shape"][0]), int(entry["shape"][1])), str(entry["sha256"]))
+            for name, entry in json.loads(metadata["modules"]).items()
+        }
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise UserError(f"{path}: its metadata are damaged ({error}); prune again") from None
+    _check_bits(path, file, modules)
+    return Masks(path, file, model, modules)
+
+
+def _check_bits(path: Path, file: Any, modules: Mapping[str, _Module]) -> None:
+    if set(file.keys()) != set(modules):
+        odd = sorted(set(file.keys()) ^ set(modules))[0]
+        raise UserError(f"{path}: {odd} is not both in the metadata and in the data; prune again")
+    for name, module in modules.items():
+        rows, columns = module.shape
+        bits = file.get_slice(name)
+        if bits.get_dtype() != "U8" or list(bits.get_shape()) != [rows, (columns + 7) // 8]:
+            raise UserError(
+                f"{path}: the bits of {name} do not fit its shape {_times(module.shape)}; prune again"
+            )
