@@ -99,7 +99,7 @@ def _as_bool(keep: torch.Tensor | NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 def weights_sha256(weights: torch.Tensor) -> str:
     """SHA-256 (hex) over the bytes of `weights` in their stored dtype, in row-major order."""
-    return hashlib.sha256(weights.detach().cpu().contiguous().view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(weights.detach().cpu().contiguous().view(torch.uint8).numpy().data).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from dlp_deploy.errors import UserError
 from dlp_deploy.recipes.masks import (
     ModelIdentity,
     PackedMask,
@@ -21,13 +28,6 @@ from dlp_deploy.recipes.masks import (
     weights_sha256,
     write_masks,
 )
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra.numpy import array_shapes, arrays
-from safetensors import safe_open
-from safetensors.torch import save_file
-
-from dlp_deploy.errors import UserError
 
 MODEL = ModelIdentity(
     name="tiny",
