@@ -1,0 +1,193 @@
+"""Decoder graphs for DeepSparse 1.8: primitive operators only, in the shapes its compiler fuses.
+
+Inputs, as DeepSparse's own pipelines feed them (int64): input_ids [batch, tokens], attention_mask
+[batch, length], positions [batch, tokens], causal_mask [batch, 1, tokens, length], and
+past_key_values.{i}.{key,value} float32 [batch, heads, length - tokens, head_dim].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from onnx import TensorProto
+
+from ..families import Decoder
+from .decoder import Weights, add_bias, rms_norm
+from .graph import GraphWriter
+from .quantize import quantize_per_channel
+
+# The newest operator set whose reductions take their axes as attributes, which is what the parser
+# of this engine (built on onnx 1.14) was tested with.
+OPSET = 13
+IR_VERSION = 7
+# Added to masked scores; finite, because inf - inf in a softmax over a fully masked row is nan.
+MASKED = float(np.finfo(np.float32).min)
+
+
+class DeepSparseTarget:
+    """Writes attention so that the engine recognizes its internal KV cache.
+
+    The cached Concat must feed the attention product directly, so grouped keys and values are
+    repeated to all heads before the Concat: the cache then holds every head.
+    """
+
+    def __init__(self, decoder: Decoder, cosine: np.ndarray, sine: np.ndarray) -> None:
+        self.decoder = decoder
+        self._tables = (np.tile(cosine, 2), np.tile(sine, 2))
+
+    def begin(self, graph: GraphWriter) -> str:
+        ids = graph.input("input_ids", TensorProto.INT64, ("batch", "tokens"))
+        attention_mask = graph.input("attention_mask", TensorProto.INT64, ("batch", "length"))
+        positions = graph.input("positions", TensorProto.INT64, ("batch", "tokens"))
+        causal_mask = graph.input("causal_mask", TensorProto.INT64, ("batch", 1, "tokens", "length"))
+        # Cast before anything else: integer arithmetic on the masks aborts the engine when it runs.
+        row = graph.node("Cast", attention_mask, name="attention_mask.float", to=TensorProto.FLOAT)
+        row = graph.node("Unsqueeze", row, graph.constant([1, 2]), name="attention_mask.row")
+        causal = graph.node("Cast", causal_mask, name="causal_mask.float", to=TensorProto.FLOAT)
+        allowed = graph.node("Mul", causal, row, name="mask.allowed")
+        blocked = graph.node("Sub", graph.scalar(1.0), allowed, name="mask.blocked")
+        self._mask = graph.node("Mul", blocked, graph.scalar(MASKED), name="mask")
+        self._cosine, self._sine = (
+            self._rotary_table(graph, positions, name, table)
+            for name, table in zip(("cosine", "sine"), self._tables, strict=True)
+        )
+        return ids
+
+    def norm(self, graph: GraphWriter, stream: str, branch: str | None, weight: str, name: str) -> tuple[str, str]:
+        if branch is not None:
+            stream = graph.node("Add", stream, branch, name=f"{name}.stream")
+        return rms_norm(graph, stream, weight, self.decoder.norm_epsilon, name), stream
+
+    def attention(
+        self, graph: GraphWriter, block: int, query: str, key: str, value: str, head_norms: tuple[str, str] | None
+    ) -> str:
+        name, decoder = f"attention.{block}", self.decoder
+        query = self._heads(graph, query, decoder.heads, f"{name}.query")
+        key = self._heads(graph, key, decoder.kv_heads, f"{name}.key")
+        value = self._heads(graph, value, decoder.kv_heads, f"{name}.value")
+        if head_norms:
+            query = rms_norm(graph, query, head_norms[0], decoder.norm_epsilon, f"{name}.query.norm")
+            key = rms_norm(graph, key, head_norms[1], decoder.norm_epsilon, f"{name}.key.norm")
+        query = self._rotate(graph, query, f"{name}.query")
+        key = self._repeat(graph, self._rotate(graph, key, f"{name}.key"), f"{name}.key")
+        value = self._repeat(graph, value, f"{name}.value")
+        keys = self._cached(graph, block, "key", key)
+        values = self._cached(graph, block, "value", value)
+        keys = graph.node("Transpose", keys, name=f"{name}.keys", perm=[0, 1, 3, 2])
+        scores = graph.node("MatMul", query, keys, name=f"{name}.product")
+        scores = graph.node("Mul", scores, graph.scalar(decoder.head_dim**-0.5), name=f"{name}.scaled")
+        scores = graph.node("Add", scores, self._mask, name=f"{name}.masked")
+        share = graph.node("Softmax", scores, name=f"{name}.softmax", axis=-1)
+        mixed = graph.node("MatMul", share, values, name=f"{name}.mixed")
+        mixed = graph.node("Transpose", mixed, name=f"{name}.tokens", perm=[0, 2, 1, 3])
+        width = decoder.heads * decoder.head_dim
+        return graph.node("Reshape", mixed, graph.constant([0, 0, width]), name=f"{name}.output")
+
+    def _rotary_table(self, graph: GraphWriter, positions: str, name: str, table: np.ndarray) -> str:
+        rows = graph.node("Gather", graph.weight(f"rotary.{name}", table), positions, name=f"rotary.{name}.rows")
+        return graph.node("Unsqueeze", rows, graph.constant([1]), name=f"rotary.{name}.heads")
+
+    def _heads(self, graph: GraphWriter, x: str, heads: int, name: str) -> str:
+        # Zeros copy the batch and token counts: the engine overrides the input shapes at load.
+        split = graph.node("Reshape", x, graph.constant([0, 0, heads, self.decoder.head_dim]), name=f"{name}.split")
+        return graph.node("Transpose", split, name=f"{name}.heads", perm=[0, 2, 1, 3])
+
+    def _rotate(self, graph: GraphWriter, x: str, name: str) -> str:
+        half, end, axis = graph.constant([self.decoder.head_dim // 2]), graph.constant([self.decoder.head_dim]), graph.constant([3])
+        first = graph.node("Slice", x, graph.constant([0]), half, axis, name=f"{name}.first")
+        second = graph.node("Slice", x, half, end, axis, name=f"{name}.second")
+        negated = graph.node("Neg", second, name=f"{name}.negated")
+        turned = graph.node("Concat", negated, first, name=f"{name}.turned", axis=3)
+        straight = graph.node("Mul", x, self._cosine, name=f"{name}.cosine")
+        turned = graph.node("Mul", turned, self._sine, name=f"{name}.sine")
+        return graph.node("Add", straight, turned, name=f"{name}.rotated")
+
+    def _repeat(self, graph: GraphWriter, x: str, name: str) -> str:
+        if self.decoder.group == 1:
+            return x
+        group = graph.constant([1, 1, self.decoder.group, 1, 1])
+        lone = graph.node("Unsqueeze", x, graph.constant([2]), name=f"{name}.lone")
+        repeated = graph.node("Expand", lone, group, name=f"{name}.group")
+        return graph.node("Reshape", repeated, graph.constant([0, self.decoder.heads, -1, self.decoder.head_dim]), name=f"{name}.repeated")
+
+    def _cached(self, graph: GraphWriter, block: int, part: str, x: str) -> str:
+        heads, head_dim = self.decoder.heads, self.decoder.head_dim
+        past = graph.input(
+            f"past_key_values.{block}.{part}", TensorProto.FLOAT, ("batch", heads, "past", head_dim)
+        )
+        present = graph.node("Concat", past, x, name=f"present.{block}.{part}", axis=2)
+        graph.output(present, TensorProto.FLOAT, ("batch", heads, "length", head_dim))
+        return present
+
+
+def fp32_linears(graph: GraphWriter, weights: Weights, x: str, layers: Sequence[str]) -> tuple[str, ...]:
+    """Plain matrix products; the weight is stored [in, out], as MatMul wants it."""
+    outputs = []
+    for layer in layers:
+        weight = graph.weight(f"{layer}.weight", weights.linear(layer).T)
+        outputs.append(add_bias(graph, weights, graph.node("MatMul", x, weight, name=layer), layer))
+    return tuple(outputs)
+
+
+class Int8Linears:
+    """Int8 weights per output channel; activations int8 per token, measured as the model runs.
+
+    A layer listed in `static_scales` takes its activation scale from there instead (float, the
+    value of one int8 step): the engine's internal KV cache rejects a dynamic scale right behind the
+    attention. `bits` below 8 put the weights on a coarser grid in the same int8 container.
+    """
+
+    def __init__(self, static_scales: dict[str, float], bits: int = 8) -> None:
+        self.static_scales = static_scales
+        self.bits = bits
+
+    def __call__(self, graph: GraphWriter, weights: Weights, x: str, layers: Sequence[str]) -> tuple[str, ...]:
+        static = self.static_scales.get(layers[0])
+        if static is None:
+            quantized, scale = _quantize_per_token(graph, x, f"{layers[0]}.input")
+        else:
+            quantized, scale = _quantize_static(graph, x, static, f"{layers[0]}.input"), None
+        return tuple(self._product(graph, weights, quantized, scale, static, layer) for layer in layers)
+
+    def _product(
+        self, graph: GraphWriter, weights: Weights, quantized: str, token_scale: str | None, static: float | None, layer: str
+    ) -> str:
+        stored = quantize_per_channel(weights.linear(layer), self.bits)
+        values = graph.weight(f"{layer}.weight", stored.values.T)
+        product = graph.node(
+            "MatMulInteger", quantized, values, graph.constant(_ZERO_POINT), graph.constant(_NO_OFFSET), name=f"{layer}.integer"
+        )
+        product = graph.node("Cast", product, name=f"{layer}.float", to=TensorProto.FLOAT)
+        channel = graph.weight(f"{layer}.scale", stored.scale * np.float32(static or 1.0))
+        output = graph.node("Mul", product, channel, name=f"{layer}.scaled" if token_scale else layer)
+        if token_scale:
+            output = graph.node("Mul", output, token_scale, name=layer)
+        return add_bias(graph, weights, output, layer)
+
+
+_ZERO_POINT = np.array(128, dtype=np.uint8)
+_NO_OFFSET = np.array(0, dtype=np.int8)
+_LEVELS = 127.0
+
+
+def _quantize_per_token(graph: GraphWriter, x: str, name: str) -> tuple[str, str]:
+    """x as uint8 around 128, and the scale of each token.
+
+    The magnitude is written Sqrt(Pow(x, 2)): with Abs the engine's internal cache gives wrong logits.
+    """
+    magnitude = graph.node("Sqrt", graph.node("Pow", x, graph.scalar(2.0), name=f"{name}.square"), name=f"{name}.magnitude")
+    peak = graph.node("ReduceMax", magnitude, name=f"{name}.peak", axes=[-1], keepdims=1)
+    # An all-zero token (padding) would divide by zero.
+    peak = graph.node("Add", peak, graph.scalar(1e-9), name=f"{name}.positive")
+    scale = graph.node("Mul", peak, graph.scalar(1.0 / _LEVELS), name=f"{name}.scale")
+    steps = graph.node("Div", x, scale, name=f"{name}.steps")
+    return _to_uint8(graph, steps, 1.0, name), scale
+
+
+def _quantize_static(graph: GraphWriter, x: str, scale: float, name: str) -> str:
+    return _to_uint8(graph, x, scale, name)
+
+
+def _to_uint8(graph: GraphWriter, x: str, scale: float, name: str) -> str:
+    return graph.node("QuantizeLinear", x, graph.scalar(scale), graph.constant(_ZERO_POINT), name=f"{name}.uint8")
