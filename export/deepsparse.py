@@ -30,10 +30,14 @@ class DeepSparseTarget:
 
     The cached Concat must feed the attention product directly, so grouped keys and values are
     repeated to all heads before the Concat: the cache then holds every head.
+
+    `detach_output` puts a Slice and Concat behind the attention. Its output may then have several
+    readers, as a dynamic scale needs; without it the compiler aborts (greedy_assign_layouts.cpp).
     """
 
-    def __init__(self, decoder: Decoder, cosine: np.ndarray, sine: np.ndarray) -> None:
+    def __init__(self, decoder: Decoder, cosine: np.ndarray, sine: np.ndarray, detach_output: bool) -> None:
         self.decoder = decoder
+        self.detach_output = detach_output
         self._tables = (np.tile(cosine, 2), np.tile(sine, 2))
 
     def begin(self, graph: GraphWriter) -> str:
@@ -82,7 +86,8 @@ class DeepSparseTarget:
         mixed = graph.node("MatMul", share, values, name=f"{name}.mixed")
         mixed = graph.node("Transpose", mixed, name=f"{name}.tokens", perm=[0, 2, 1, 3])
         width = decoder.heads * decoder.head_dim
-        return graph.node("Reshape", mixed, graph.constant([0, 0, width]), name=f"{name}.output")
+        mixed = graph.node("Reshape", mixed, graph.constant([0, 0, width]), name=f"{name}.output")
+        return self._halves(graph, mixed, width, 2, f"{name}.detached") if self.detach_output else mixed
 
     def _rotary_table(self, graph: GraphWriter, positions: str, name: str, table: np.ndarray) -> str:
         rows = graph.node("Gather", graph.weight(f"rotary.{name}", table), positions, name=f"rotary.{name}.rows")
@@ -94,16 +99,25 @@ class DeepSparseTarget:
         return graph.node("Transpose", split, name=f"{name}.heads", perm=[0, 2, 1, 3])
 
     def _rotate(self, graph: GraphWriter, x: str, name: str) -> str:
-        half, end, axis = graph.constant([self.decoder.head_dim // 2]), graph.constant([self.decoder.head_dim]), graph.constant([3])
-        first = graph.node("Slice", x, graph.constant([0]), half, axis, name=f"{name}.first")
-        second = graph.node("Slice", x, half, end, axis, name=f"{name}.second")
+        first, second = self._split(graph, x, self.decoder.head_dim, 3, name)
         negated = graph.node("Neg", second, name=f"{name}.negated")
         turned = graph.node("Concat", negated, first, name=f"{name}.turned", axis=3)
         straight = graph.node("Mul", x, self._cosine, name=f"{name}.cosine")
         turned = graph.node("Mul", turned, self._sine, name=f"{name}.sine")
         return graph.node("Add", straight, turned, name=f"{name}.rotated")
 
+    def _split(self, graph: GraphWriter, x: str, width: int, axis: int, name: str) -> tuple[str, str]:
+        start, half, end = graph.constant([0]), graph.constant([width // 2]), graph.constant([width])
+        first = graph.node("Slice", x, start, half, graph.constant([axis]), name=f"{name}.first")
+        second = graph.node("Slice", x, half, end, graph.constant([axis]), name=f"{name}.second")
+        return first, second
+
+    def _halves(self, graph: GraphWriter, x: str, width: int, axis: int, name: str) -> str:
+        first, second = self._split(graph, x, width, axis, name)
+        return graph.node("Concat", first, second, name=name, axis=axis)
+
     def _repeat(self, graph: GraphWriter, x: str, name: str) -> str:
+        """Copy each key-value head to the query heads that read it. A Gather here aborts the compiler."""
         if self.decoder.group == 1:
             return x
         group = graph.constant([1, 1, self.decoder.group, 1, 1])
