@@ -9,3 +9,8 @@ class UserError(Exception):
     The message is one line: what is wrong, and what to do about it. The command line prints it on
     stderr and exits with status 2; library callers get it as an ordinary exception.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's message, to be quoted inside a one-line message of ours."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -76,3 +77,20 @@ def replace_folder(finished: Path, final: Path) -> None:
     sync_folder(final.parent)
     if old.exists():
         shutil.rmtree(old)
+
+
+def user_cache() -> Path:
+    """Folder for downloads and engine environments that outlive one project: $XDG_CACHE_HOME/dlp-deploy."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "dlp-deploy"
+
+
+@contextmanager
+def naming_full_disk(path: Path) -> Iterator[None]:
+    """Turn "no space left", or a quota or size limit, in the body into a UserError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise UserError(f"no room to write {path} ({error.strerror}); free space there") from None

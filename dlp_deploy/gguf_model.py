@@ -1,0 +1,197 @@
+"""Models in GGUF files, seen as Hugging Face checkpoints: config, tensor names and layouts, tokenizer.
+
+Formats: the GGUF specification (ggml/docs/gguf.md) and llama.cpp's convert_hf_to_gguf.py, whose
+renaming and q/k permutation are undone here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import GGUFReader, dequantize
+
+from .errors import UserError
+from .families import FAMILIES, Decoder, Family
+
+# llama.cpp calls Mistral's architecture "llama" as well: without a sliding window they are one.
+ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+
+CONFIG_KEYS = {
+    "context_length": "max_position_embeddings",
+    "block_count": "num_hidden_layers",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "rope.freq_base": "rope_theta",
+}
+TOKEN_IDS = {
+    "bos_token_id": "bos_token_id",
+    "eos_token_id": "eos_token_id",
+    "padding_token_id": "pad_token_id",
+    "unknown_token_id": "unk_token_id",
+}
+
+
+@lru_cache(maxsize=2)
+def read_header(path: Path) -> GGUFReader:
+    """Metadata and tensor table of a GGUF file; cached, as parsing a vocabulary takes seconds."""
+    try:
+        reader = GGUFReader(path)
+    except (ValueError, KeyError, IndexError, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no whole GGUF file ({error}); download it again") from None
+    end = max((tensor.data_offset + tensor.n_bytes for tensor in reader.tensors), default=0)
+    if end > path.stat().st_size:
+        raise UserError(f"{path} is truncated: {path.stat().st_size} of {end} bytes; download it again")
+    return reader
+
+
+def metadata(path: Path, key: str, default: Any = None) -> Any:
+    """The value of one metadata key."""
+    field = read_header(path).fields.get(key)
+    return default if field is None else field.contents()
+
+
+def gguf_config(path: Path) -> dict[str, Any]:
+    """What config.json of the same model would say. Raises UserError for an unsupported architecture."""
+    architecture = metadata(path, "general.architecture")
+    if architecture not in ARCHITECTURES:
+        raise UserError(
+            f"{path}: GGUF architecture {architecture!r} is not supported; supported are: "
+            + ", ".join(ARCHITECTURES)
+        )
+    tensors = {tensor.name for tensor in read_header(path).tensors}
+    _refuse_scaled_rope(path, architecture, tensors)
+    config = {name: metadata(path, f"{architecture}.{key}") for key, name in CONFIG_KEYS.items()}
+    missing = [key for key, name in CONFIG_KEYS.items() if config[name] is None]
+    if missing:
+        raise UserError(f"{path} lacks the metadata {architecture}.{missing[0]}; it is no usable GGUF model")
+    family = _family(architecture)
+    for name in ("rms_norm_eps", "rope_theta"):
+        config[name] = _shortest_decimal(config[name])
+    config |= {name: metadata(path, f"tokenizer.ggml.{key}") for key, name in TOKEN_IDS.items()}
+    return config | {
+        "model_type": ARCHITECTURES[architecture],
+        "architectures": [family.architectures[0]],
+        "vocab_size": _vocabulary(path),
+        "head_dim": metadata(path, f"{architecture}.attention.key_length")
+        or config["hidden_size"] // config["num_attention_heads"],
+        "hidden_act": "silu",
+        "attention_bias": architecture == "llama" and "blk.0.attn_q.bias" in tensors,
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "dtype": "float32",
+    }
+
+
+def _family(architecture: str) -> Family:
+    return next(family for family in FAMILIES if family.name == ARCHITECTURES[architecture])
+
+
+def _refuse_scaled_rope(path: Path, architecture: str, tensors: set[str]) -> None:
+    kind = metadata(path, f"{architecture}.rope.scaling.type", "none")
+    if kind != "none" or "rope_freqs.weight" in tensors:
+        raise UserError(
+            f"{path}: scaled rotary embeddings cannot be read from GGUF; use the safetensors checkpoint"
+        )
+
+
+def _vocabulary(path: Path) -> int:
+    for tensor in read_header(path).tensors:
+        if tensor.name == "token_embd.weight":
+            return int(tensor.shape[1])
+    raise UserError(f"{path} has no token embedding; it is no whole model")
+
+
+def _shortest_decimal(value: float) -> float:
+    """The decimal that was meant by a number stored as float32: 1e-05, not 9.999999747378752e-06."""
+    return float(str(np.float32(value)))
+
+
+@dataclass(frozen=True)
+class GGUFTensor:
+    """One tensor under its Hugging Face name. `heads` > 0: rows of each head are to be un-permuted."""
+
+    name: str
+    shape: tuple[int, ...]
+    path: Path
+    offset: int
+    bytes: int
+    quantization: Any
+    stored_shape: tuple[int, ...]
+    heads: int
+
+    def read(self) -> torch.Tensor:
+        """The dequantized tensor, float32, in Hugging Face layout. Reads these bytes of the file only."""
+        raw = np.fromfile(self.path, dtype=np.uint8, count=self.bytes, offset=self.offset)
+        values = dequantize(_typed(raw, self.quantization.name, self.stored_shape), self.quantization)
+        tensor = torch.from_numpy(np.array(values, dtype=np.float32)).reshape(self.shape)
+        return unpermute(tensor, self.heads) if self.heads else tensor
+
+
+def _typed(raw: np.ndarray, quantization: str, stored_shape: tuple[int, ...]) -> np.ndarray:
+    plain = {"F32": np.float32, "F16": np.float16, "F64": np.float64}.get(quantization)
+    return raw.view(plain or np.uint8).reshape(stored_shape)
+
+
+def unpermute(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Undo llama.cpp's reordering of rotary rows: pairs (2i, 2i+1) of a head go back to (i, i + dim/2)."""
+    rows = weight.shape[0] // heads
+    pairs = weight.reshape(heads, rows // 2, 2, *weight.shape[1:])
+    return pairs.transpose(1, 2).reshape(weight.shape).contiguous()
+
+
+def gguf_tensors(path: Path, decoder: Decoder) -> Iterator[GGUFTensor]:
+    """The file's tensors under their Hugging Face names. Raises UserError for one that has no such name."""
+    permuted = metadata(path, "general.architecture") == "llama"
+    for tensor in read_header(path).tensors:
+        kind = tensor.name.split(".")[-2]
+        heads = {"attn_q": decoder.heads, "attn_k": decoder.kv_heads}.get(kind, 0)
+        yield GGUFTensor(
+            name=_hf_name(tensor.name, decoder.family, path),
+            shape=tuple(int(size) for size in reversed(tensor.shape)),
+            path=path,
+            offset=int(tensor.data_offset),
+            bytes=int(tensor.n_bytes),
+            quantization=tensor.tensor_type,
+            stored_shape=tuple(tensor.data.shape),
+            heads=heads if permuted else 0,
+        )
+
+
+def _hf_name(name: str, family: Family, path: Path) -> str:
+    stem, _, suffix = name.rpartition(".")
+    outside = {"token_embd": family.embedding, "output_norm": family.final_norm, "output": family.head}
+    if stem in outside:
+        return f"{outside[stem]}.{suffix}"
+    match = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
+    module = _block_modules(family).get(match[2]) if match else None
+    if match is None or module is None:
+        raise UserError(f"{path}: tensor {name} has no place in a {family.name} model")
+    return f"{family.block(int(match[1]))}.{module}.{suffix}"
+
+
+def _block_modules(family: Family) -> dict[str, str]:
+    query, key, value, output = family.attention
+    gate, up, down = family.mlp
+    modules = {
+        "attn_norm": family.attention_norm,
+        "attn_q": query,
+        "attn_k": key,
+        "attn_v": value,
+        "attn_output": output,
+        "ffn_norm": family.mlp_norm,
+        "ffn_gate": gate,
+        "ffn_up": up,
+        "ffn_down": down,
+    }
+    if family.query_key_norms:
+        modules |= dict(zip(("attn_q_norm", "attn_k_norm"), family.query_key_norms, strict=True))
+    return modules
