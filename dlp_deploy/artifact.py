@@ -4,9 +4,11 @@
       manifest.json                  this module
       recipe.yaml  masks.safetensors dlp_deploy.recipes
       checkpoint/                    pruned Hugging Face checkpoint, tokenizer and config
-      <engine>/model.onnx + data     the asked precision, sparse
-      <engine>/<precision>/...       further precisions, when several were asked for
-      baseline/<precision>/...       the dense model, for comparison
+      <engine>/                      the sparse graph in the asked precision, tokenizer and config
+      <engine>-<precision>/          further precisions, when several were asked for
+      baseline/<precision>/          the dense model in ONNX Runtime, for comparison
+
+A graph folder holds model.onnx, model.onnx.data and reference.safetensors (what its logits should be).
 
 Every file is listed with its size and SHA-256, so that a truncated copy is recognized.
 """
@@ -81,13 +83,16 @@ class Pruning(_Stored):
 
 
 class OutputCheck(_Stored):
-    """Agreement of an engine with torch on the same weights before quantization.
+    """Agreement of an engine's logits with a reference: torch on the same weights before quantization,
+    or ONNX Runtime on the very same graph.
 
-    `max_rel_error` is max |engine - torch| / max |torch| over all logits of the checked positions;
-    `greedy_match` is the share of positions with the same arg max.
+    `max_rel_error` is max |engine - reference| / max |reference| over all logits of the checked
+    positions, `mean_rel_error` the same with the mean of |engine - reference|; `greedy_match` is the
+    share of positions with the same arg max.
     """
 
     engine: str
+    reference: Literal["torch", "onnxruntime"]
     max_rel_error: float
     mean_rel_error: float
     greedy_match: float
@@ -95,13 +100,18 @@ class OutputCheck(_Stored):
 
 
 class Export(_Stored):
-    """One ONNX graph of the artifact. `sparsity` is counted in the exported block weights."""
+    """One ONNX graph of the artifact, in folder `path`.
+
+    `sparsity` is the share of zeros counted in the exported block weights; it exceeds that of the
+    masks by `rounded_to_zero`, the share of kept weights that quantization made zero.
+    """
 
     path: str
     engine: EngineName
     precision: Precision
     dense: bool
     sparsity: float
+    rounded_to_zero: float
     weight_bytes: int
     opset: int
     checks: tuple[OutputCheck, ...] = ()
