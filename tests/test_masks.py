@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from safetensors import safe_open
@@ -68,16 +68,19 @@ def pack_bit_by_bit(keep: np.ndarray) -> np.ndarray:
     return packed
 
 
+@settings(deadline=None)
 @given(bool_matrices)
 def test_packing_is_what_the_format_says(keep):
     np.testing.assert_array_equal(pack_mask(keep), pack_bit_by_bit(keep))
 
 
+@settings(deadline=None)
 @given(bool_matrices)
 def test_unpacking_returns_the_mask(keep):
     assert torch.equal(unpack_mask(pack_mask(keep), keep.shape), torch.from_numpy(keep))
 
 
+@settings(deadline=None)
 @given(bool_matrices, st.integers(0, 69), st.integers(0, 69))
 def test_rows_can_be_sliced_packed(keep, first, last):
     rows = slice(first, last)

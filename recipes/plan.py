@@ -1,0 +1,292 @@
+"""Between pruning and recipes: what a pruning run did as a recipe, and what a recipe asks pruning to do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ..artifact import BlockSparsity, Precision, Pruning
+from ..errors import UserError
+from ..families import Decoder, Family
+from .recipe import (
+    BlockPruning,
+    ConstantPruningModifier,
+    MagnitudePruningModifier,
+    Modifier,
+    QuantizationArguments,
+    QuantizationModifier,
+    QuantizationScheme,
+    Recipe,
+    SparseGPTModifier,
+    Stage,
+    WandaPruningModifier,
+)
+from .targets import linears_within, resolve_targets
+
+UNSTRUCTURED = "unstructured"
+_UNSTRUCTURED_MASKS = ("0:0", UNSTRUCTURED)
+_METHODS: dict[type[Modifier], str] = {
+    WandaPruningModifier: "wanda",
+    SparseGPTModifier: "sparsegpt",
+    MagnitudePruningModifier: "magnitude",
+}
+
+
+def recipe_from_pruning(pruning: Pruning, family: Family, quant: Precision = "fp32") -> Recipe:
+    """The recipe by which SparseML or llm-compressor repeats `pruning`, and then quantizes to `quant`.
+
+    Wanda and SparseGPT become one one-shot modifier with a sparsity per block; magnitude, which SparseML
+    knows only as training, one modifier per block. The last stage freezes the zeros for fine-tuning.
+    """
+    blocks = sorted(pruning.blocks, key=lambda block: block.index)
+    if pruning.method == "magnitude":
+        stages = {"prune_train_stage": Stage(_magnitude_groups(blocks, pruning.pattern, family))}
+        if quant != "fp32":
+            stages["quantize_oneshot_stage"] = Stage(_quantization_group(family, quant))
+    else:
+        groups = _one_shot_group(blocks, pruning, family) | _quantization_group(family, quant)
+        stages = {"prune_oneshot_stage": Stage(groups)}
+    stages["finetune_train_stage"] = Stage(
+        {"constant_modifiers": {"ConstantPruningModifier": _constant_pruning(family)}}
+    )
+    return Recipe(stages, {"dlp_deploy": _provenance(pruning)})
+
+
+def _provenance(pruning: Pruning) -> dict[str, Any]:
+    """How the sparsities came about. Without text values that SparseML could take for `eval(...)`."""
+    shown = pruning.model_dump(
+        include={"method", "allocation", "statistic", "alpha", "pattern", "sparsity_asked"}, exclude_none=True
+    )
+    if pruning.calibration:
+        shown["calibration"] = pruning.calibration.model_dump(exclude={"source"})
+    return shown
+
+
+def _blocks_target(family: Family) -> str:
+    return rf"re:{family.blocks}.\d+$"
+
+
+def _linears_target(family: Family, block: str = r"\d+") -> str:
+    last_names = dict.fromkeys(linear.rpartition(".")[2] for linear in family.linears)
+    return rf"re:{family.blocks}.{block}\..*({'|'.join(last_names)}).weight"
+
+
+def _one_shot_group(
+    blocks: list[BlockSparsity], pruning: Pruning, family: Family
+) -> dict[str, dict[str, Modifier]]:
+    kind = {"wanda": WandaPruningModifier, "sparsegpt": SparseGPTModifier}[pruning.method]
+    modifier = kind(
+        sparsity=[block.asked for block in blocks],
+        mask_structure="0:0" if pruning.pattern == UNSTRUCTURED else pruning.pattern,
+        sequential_update=True,
+        targets=[_blocks_target(family)],
+    )
+    return {"pruning_modifiers": {kind.__name__: modifier}}
+
+
+def _magnitude_groups(
+    blocks: list[BlockSparsity], pattern: str, family: Family
+) -> dict[str, dict[str, Modifier]]:
+    return {
+        f"block_{block.index}_modifiers": {
+            "MagnitudePruningModifier": MagnitudePruningModifier(
+                targets=[_linears_target(family, str(block.index))],
+                init_sparsity=block.asked,
+                final_sparsity=block.asked,
+                start=0.0,
+                end=1.0,
+                mask_structure=pattern,
+            )
+        }
+        for block in blocks
+    }
+
+
+def _constant_pruning(family: Family) -> ConstantPruningModifier:
+    return ConstantPruningModifier(targets=[_linears_target(family)], start=0.0)
+
+
+def _quantization_group(family: Family, quant: Precision) -> dict[str, dict[str, Modifier]]:
+    """Symmetric weights, so that a zero stays zero: int8 per channel and token, or int4 in groups of 128."""
+    if quant == "fp32":
+        return {}
+    if quant == "int8":
+        scheme = QuantizationScheme(
+            targets=["Linear"],
+            weights=QuantizationArguments(num_bits=8, type="int", symmetric=True, strategy="channel"),
+            input_activations=QuantizationArguments(
+                num_bits=8, type="int", symmetric=True, strategy="token", dynamic=True
+            ),
+        )
+    else:
+        scheme = QuantizationScheme(
+            targets=["Linear"],
+            weights=QuantizationArguments(
+                num_bits=4, type="int", symmetric=True, strategy="group", group_size=128
+            ),
+        )
+    modifier = QuantizationModifier(config_groups={"group_0": scheme}, ignore=[family.head])
+    return {"quantization_modifiers": {"QuantizationModifier": modifier}}
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """What a recipe asks of pruning. `sparsities` has one entry per decoder block, in order.
+
+    With `allocation` "owl" the recipe leaves the sparsities to OWL (arXiv 2310.05175): `sparsities` is
+    then empty, and `sparsity`, `owl_m` and `owl_lambda` are its parameters.
+    """
+
+    method: str
+    pattern: str
+    allocation: str
+    sparsity: float
+    sparsities: tuple[float, ...]
+    owl_m: int | None = None
+    owl_lambda: float | None = None
+
+
+def plan_of(recipe: Recipe, decoder: Decoder) -> PruningPlan:
+    """The pruning that `recipe` describes for a model.
+
+    Raises UserError when it has none, mixes methods or patterns, gives the linear layers of one block
+    different sparsities, or prunes something outside the decoder blocks.
+    """
+    check_recipe(recipe, decoder)
+    found = list(_pruning_modifiers(recipe))
+    if not found:
+        raise UserError(
+            "the recipe prunes nothing; it needs a WandaPruningModifier, SparseGPTModifier or the like"
+        )
+    method = _only([(place, _METHODS[type(modifier)]) for place, modifier in found], "method")
+    pattern = _only([(place, _pattern(modifier)) for place, modifier in found], "mask_structure")
+    owl = [modifier for _, modifier in found if isinstance(modifier, BlockPruning) and _is_owl(modifier)]
+    if owl:
+        return _owl_plan(owl[0], method, pattern, alone=len(found) == 1)
+    sparsities = _per_block(weight_sparsities(recipe, decoder), decoder)
+    return PruningPlan(method, pattern, "recipe", math.fsum(sparsities) / len(sparsities), sparsities)
+
+
+def sparsities_of(recipe: Recipe, decoder: Decoder) -> tuple[float, ...]:
+    """The sparsity of each decoder block; 0 for a block that the recipe leaves dense.
+
+    Raises UserError as `plan_of` does, and when the recipe leaves the sparsities to OWL.
+    """
+    plan = plan_of(recipe, decoder)
+    if not plan.sparsities:
+        raise UserError("the recipe leaves the sparsities to OWL; run prune with it to find them")
+    return plan.sparsities
+
+
+def weight_sparsities(recipe: Recipe, decoder: Decoder) -> dict[str, float]:
+    """The sparsity that `recipe` asks of each linear layer ("model.layers.0.mlp.up_proj"), in model order."""
+    asked: dict[str, float] = {}
+    for place, modifier in _pruning_modifiers(recipe):
+        modules = resolve_targets(modifier.targets, decoder, f"{place}.targets")
+        for module, sparsity in zip(modules, _spread(modifier, len(modules), place), strict=True):
+            for linear in linears_within(module, decoder):
+                if asked.setdefault(linear, sparsity) != sparsity:
+                    raise UserError(
+                        f"{place}.targets: {linear} is pruned twice, to {asked[linear]} and {sparsity}"
+                    )
+    return asked
+
+
+def check_recipe(recipe: Recipe, decoder: Decoder) -> None:
+    """Raise UserError, naming the field, unless the recipe fits the model.
+
+    Every target of every known modifier must match something, and a list of sparsities must have one
+    entry for each matched module.
+    """
+    for place, _, modifier in recipe.modifiers():
+        if isinstance(modifier, BlockPruning | MagnitudePruningModifier | ConstantPruningModifier):
+            modules = resolve_targets(modifier.targets, decoder, f"{place}.targets")
+            if isinstance(modifier, BlockPruning | MagnitudePruningModifier):
+                _spread(modifier, len(modules), place)
+        if isinstance(modifier, QuantizationModifier):
+            for name, scheme in (modifier.config_groups or {}).items():
+                resolve_targets(scheme.targets, decoder, f"{place}.config_groups.{name}.targets")
+    weight_sparsities(recipe, decoder)
+
+
+def _pruning_modifiers(recipe: Recipe) -> Iterator[tuple[str, BlockPruning | MagnitudePruningModifier]]:
+    for place, _, modifier in recipe.modifiers():
+        if isinstance(modifier, BlockPruning | MagnitudePruningModifier):
+            yield place, modifier
+
+
+def _spread(modifier: BlockPruning | MagnitudePruningModifier, modules: int, place: str) -> list[float]:
+    """One sparsity for each of `modules` matched modules."""
+    structured = _n_of_m(modifier)
+    if isinstance(modifier, MagnitudePruningModifier):
+        given: float | list[float] = modifier.final_sparsity
+    else:
+        given = modifier.sparsity
+    if isinstance(given, list) and len(given) != modules:
+        raise UserError(f"{place}.sparsity: {len(given)} sparsities for {modules} matched modules")
+    if structured is not None:
+        return [structured] * modules
+    return given if isinstance(given, list) else [given] * modules
+
+
+def _n_of_m(modifier: BlockPruning | MagnitudePruningModifier) -> float | None:
+    """N / M of the mask_structure "N:M"; None when it has another form or is unstructured."""
+    if modifier.mask_structure in _UNSTRUCTURED_MASKS or isinstance(modifier, MagnitudePruningModifier):
+        return None
+    pruned, group = (int(part) for part in modifier.mask_structure.split(":"))
+    return pruned / group
+
+
+def _pattern(modifier: BlockPruning | MagnitudePruningModifier) -> str:
+    return UNSTRUCTURED if modifier.mask_structure in _UNSTRUCTURED_MASKS else modifier.mask_structure
+
+
+def _is_owl(modifier: BlockPruning) -> bool:
+    return (modifier.sparsity_profile or "").lower() == "owl"
+
+
+def _owl_plan(modifier: BlockPruning, method: str, pattern: str, alone: bool) -> PruningPlan:
+    if not alone or isinstance(modifier.sparsity, list):
+        raise UserError(
+            "sparsity_profile: owl needs one pruning modifier with one sparsity, which OWL spreads"
+        )
+    return PruningPlan(
+        method,
+        pattern,
+        "owl",
+        modifier.sparsity,
+        (),
+        owl_m=5 if modifier.owl_m is None else modifier.owl_m,
+        owl_lambda=0.08 if modifier.owl_lmbda is None else modifier.owl_lmbda,
+    )
+
+
+def _only(found: list[tuple[str, str]], what: str) -> str:
+    place, first = found[0]
+    for other_place, other in found[1:]:
+        if other != first:
+            raise UserError(
+                f"{other_place}: {what} {other}, but {place} has {first}; prune takes one for all blocks"
+            )
+    return first
+
+
+def _per_block(asked: dict[str, float], decoder: Decoder) -> tuple[float, ...]:
+    outside = dict(asked)
+    sparsities = []
+    for index in range(decoder.blocks):
+        block = decoder.family.block(index)
+        linears = [f"{block}.{linear}" for linear in decoder.family.linears]
+        values = {outside.pop(linear, 0.0) for linear in linears}
+        if len(values) > 1:
+            raise UserError(
+                f"targets: the layers of {block} differ in sparsity; prune takes one for a whole block"
+            )
+        sparsities.append(values.pop())
+    if outside:
+        raise UserError(
+            f"targets: {next(iter(outside))} is outside the decoder blocks; prune leaves it dense"
+        )
+    return tuple(sparsities)
