@@ -7,7 +7,8 @@ little-endian bit order) of byte [r, c // 8] is 1; the unused high bits of a row
 start on byte boundaries, so a slice of rows is a slice of bytes.
 
 The file's metadata holds four strings: "format", "version", "model" (JSON of `ModelIdentity`) and
-"modules" (JSON: weight name -> {"shape": [rows, columns], "sha256": digest of the source weights}).
+"modules" (JSON: weight name -> {"shape": [rows, columns], "sha256": digest of the source weights,
+"signs": `sign_sample` of the source weights}).
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import UserError
 from ..families import Decoder
-from ..storage import atomic_path
+from ..storage import atomic_path, naming_full_disk
 
 FORMAT = "dlp-masks"
 VERSION = "1"
+SIGNS = 256
 
 
 @dataclass(frozen=True)
@@ -102,13 +104,43 @@ def weights_sha256(weights: torch.Tensor) -> str:
     return hashlib.sha256(weights.detach().cpu().contiguous().view(torch.uint8).numpy().data).hexdigest()
 
 
+def sign_sample(weights: torch.Tensor) -> str:
+    """Which of 256 evenly spaced weights are negative: a bit each, packed little-endian, in hex.
+
+    Fine-tuning leaves nearly all signs as they are; in another model half of them differ.
+    """
+    return np.packbits((_spaced(weights) < 0).numpy(), bitorder="little").tobytes().hex()
+
+
+def _spaced(weights: torch.Tensor) -> torch.Tensor:
+    flat = weights.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // SIGNS)][:SIGNS].cpu()
+
+
+def sign_agreement(signs: str, weights: torch.Tensor) -> float | None:
+    """Share of the sampled weights whose sign is the source's; None when too few are not zero to tell."""
+    sample = _spaced(weights)
+    packed = np.frombuffer(bytes.fromhex(signs), np.uint8)
+    if packed.size != -(-sample.numel() // 8):
+        return None
+    negative = torch.from_numpy(np.unpackbits(packed, count=sample.numel(), bitorder="little").view(np.bool_))
+    nonzero = sample != 0
+    if nonzero.sum() < SIGNS // 8:
+        return None
+    return (negative == (sample < 0))[nonzero].float().mean().item()
+
+
 @dataclass(frozen=True)
 class PackedMask:
-    """One weight's mask: `bits` is uint8 [rows, ceil(columns / 8)] for `shape` = (rows, columns)."""
+    """One weight's mask: `bits` is uint8 [rows, ceil(columns / 8)] for `shape` = (rows, columns).
+
+    `source_sha256` and `source_signs` (a `sign_sample`, "" if unknown) tell the weights it is for.
+    """
 
     shape: tuple[int, int]
     bits: NDArray[np.uint8]
     source_sha256: str
+    source_signs: str = ""
 
     def keep(self) -> torch.Tensor:
         """The mask as bool [rows, columns], True where the weight is kept."""
@@ -124,13 +156,13 @@ def mask_of(keep: torch.Tensor, source: torch.Tensor) -> PackedMask:
     if keep.shape != source.shape:
         raise ValueError(f"a mask of shape {tuple(keep.shape)} for weights of shape {tuple(source.shape)}")
     rows, columns = keep.shape
-    return PackedMask((rows, columns), pack_mask(keep), weights_sha256(source))
+    return PackedMask((rows, columns), pack_mask(keep), weights_sha256(source), sign_sample(source))
 
 
 def write_masks(path: Path, masks: Mapping[str, PackedMask], model: ModelIdentity) -> None:
     """Write `masks`, whole or not at all, one mask in memory at a time when they are mapped from files."""
     header = _header(masks, model)
-    with atomic_path(path) as temporary, temporary.open("wb") as stream:
+    with naming_full_disk(path), atomic_path(path) as temporary, temporary.open("wb") as stream:
         stream.write(struct.pack("<Q", len(header)))
         stream.write(header)
         for mask in masks.values():
@@ -138,7 +170,10 @@ def write_masks(path: Path, masks: Mapping[str, PackedMask], model: ModelIdentit
 
 
 def _header(masks: Mapping[str, PackedMask], model: ModelIdentity) -> bytes:
-    modules = {name: {"shape": mask.shape, "sha256": mask.source_sha256} for name, mask in masks.items()}
+    modules = {
+        name: {"shape": mask.shape, "sha256": mask.source_sha256, "signs": mask.source_signs}
+        for name, mask in masks.items()
+    }
     header: dict[str, Any] = {
         "__metadata__": {
             "format": FORMAT,
@@ -179,6 +214,7 @@ def merge_masks(path: Path, parts: Sequence[Path]) -> None:
 class _Module:
     shape: tuple[int, int]
     sha256: str
+    signs: str
 
 
 class Masks:
@@ -199,7 +235,7 @@ class Masks:
 
     def packed(self, name: str) -> PackedMask:
         module = self._modules[name]
-        return PackedMask(module.shape, self._file.get_tensor(name).numpy(), module.sha256)
+        return PackedMask(module.shape, self._file.get_tensor(name).numpy(), module.sha256, module.signs)
 
     def mask(self, name: str) -> torch.Tensor:
         """The keep-mask of weight `name`: bool [rows, columns]."""
@@ -218,6 +254,18 @@ class Masks:
                     f"{self.path}: {name} is {_times(module.shape)} here and {_times(shapes[name])} "
                     f"in {model.name}; these masks are for another model"
                 )
+
+    def check_weights(self, name: str, weights: torch.Tensor) -> None:
+        """Raise UserError when `weights` are clearly not those of weight `name`, tuned or not.
+
+        Names and shapes alone cannot tell LLaMA-7B from LLaMA2-7B.
+        """
+        agreement = sign_agreement(self._modules[name].signs, weights)
+        if agreement is not None and agreement < 0.75:
+            raise UserError(
+                f"{self.path}: only {agreement:.0%} of the weights of {name} have the sign that they have in "
+                f"{self.model.name}; these masks are for another model"
+            )
 
 
 def _times(shape: Sequence[int]) -> str:
@@ -246,14 +294,17 @@ def open_masks(path: Path) -> Masks:
         )
     try:
         model = ModelIdentity(**json.loads(metadata["model"]))
-        modules = {
-            name: _Module((int(entry["shape"][0]), int(entry["shape"][1])), str(entry["sha256"]))
-            for name, entry in json.loads(metadata["modules"]).items()
-        }
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        modules = {name: _module(entry) for name, entry in json.loads(metadata["modules"]).items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: its metadata are damaged ({error}); prune again") from None
     _check_bits(path, file, modules)
     return Masks(path, file, model, modules)
+
+
+def _module(entry: Mapping[str, Any]) -> _Module:
+    rows, columns = entry["shape"]
+    bytes.fromhex(entry["signs"])  # a ValueError here rather than when it is needed
+    return _Module((int(rows), int(columns)), str(entry["sha256"]), entry["signs"])
 
 
 def _check_bits(path: Path, file: Any, modules: Mapping[str, _Module]) -> None:

@@ -229,9 +229,18 @@ def test_a_truncated_file_is_refused(tmp_path):
     "metadata",
     [
         {"model": "{}", "modules": "{}"},
-        {"model": json.dumps(vars(MODEL)), "modules": json.dumps({"a": {"shape": [4, 99], "sha256": ""}})},
-        {"model": json.dumps(vars(MODEL)), "modules": json.dumps({"b": {"shape": [4, 8], "sha256": ""}})},
-        {"model": json.dumps(vars(MODEL)), "modules": json.dumps({"a": {"shape": [4], "sha256": ""}})},
+        {
+            "model": json.dumps(vars(MODEL)),
+            "modules": json.dumps({"a": {"shape": [4, 99], "sha256": "", "signs": ""}}),
+        },
+        {
+            "model": json.dumps(vars(MODEL)),
+            "modules": json.dumps({"b": {"shape": [4, 8], "sha256": "", "signs": ""}}),
+        },
+        {
+            "model": json.dumps(vars(MODEL)),
+            "modules": json.dumps({"a": {"shape": [4], "sha256": "", "signs": ""}}),
+        },
         {"model": json.dumps(vars(MODEL)), "modules": "[]"},
     ],
 )
