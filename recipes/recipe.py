@@ -202,6 +202,12 @@ class Recipe:
                     place = ".".join(part for part in (stage_name, group_name, kind) if part)
                     yield place, kind, modifier
 
+    def prunes(self) -> bool:
+        """Whether any modifier of a known kind prunes."""
+        return any(
+            isinstance(modifier, BlockPruning | MagnitudePruningModifier) for *_, modifier in self.modifiers()
+        )
+
 
 def parse_recipe(text: str, name: str = "recipe") -> Recipe:
     """Parse a recipe's YAML (or JSON) text. Raises UserError naming `name` and the field that is wrong."""

@@ -1,0 +1,81 @@
+"""What `dlp-deploy recipe show`, `check` and `apply` do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..artifact import MASKS
+from ..errors import UserError
+from ..families import decoder_of
+from ..models import load_config, resolve_model
+from .apply import Applied, apply_masks
+from .plan import PruningPlan, check_recipe, plan_of
+from .ready_made import load_recipe
+from .recipe import KINDS, MagnitudePruningModifier, Modifier, Recipe, recipe_yaml
+from .show import show
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A recipe that is valid, and fits `model` if one was given.
+
+    `plan` is what `prune --recipe` would do with it, None if it prunes nothing or no model was given;
+    `notes` says what was not checked or will not run everywhere.
+    """
+
+    modifiers: tuple[str, ...]
+    model: str | None
+    plan: PruningPlan | None
+    notes: tuple[str, ...]
+
+
+def show_recipe(recipe: str | Path) -> str:
+    """The recipe in a file, or the ready-made one of that name, as text for people.
+
+    Raises UserError when there is none or it is not valid.
+    """
+    return show(load_recipe(recipe))
+
+
+def check(recipe: str | Path, model: str | None = None) -> Checked:
+    """Check a recipe, and whether its targets and sparsities fit `model`.
+
+    Raises UserError naming the first field that is wrong.
+    """
+    loaded = load_recipe(recipe)
+    kinds = tuple(kind for _, kind, _ in loaded.modifiers())
+    if model is None:
+        return Checked(kinds, None, None, tuple(_notes(loaded)))
+    files = resolve_model(model)
+    decoder = decoder_of(load_config(files))
+    try:
+        check_recipe(loaded, decoder)
+        plan = plan_of(loaded, decoder) if loaded.prunes() else None
+    except UserError as error:
+        raise UserError(f"{recipe}: {error}") from None
+    return Checked(kinds, files.name, plan, tuple(_notes(loaded)))
+
+
+def _notes(recipe: Recipe) -> Iterator[str]:
+    for place, kind, modifier in recipe.modifiers():
+        if kind not in KINDS:
+            yield f"{place}: not a kind that is known here; its fields were not checked"
+        elif _is_unsupported(modifier):
+            yield f"{place}.mask_structure: SparseML knows no N:M for magnitude and will refuse it"
+    if "eval(" in recipe_yaml(recipe):
+        yield "eval(...): SparseML runs what is inside as Python; use this recipe only if you trust its author"
+
+
+def _is_unsupported(modifier: Modifier) -> bool:
+    return isinstance(modifier, MagnitudePruningModifier) and ":" in modifier.mask_structure
+
+
+def apply(masks: str | Path, model: str, output: str | Path, force: bool = False) -> Applied:
+    """Write the checkpoint `model` to the folder `output` with the weights zeroed that `masks` prunes.
+
+    `masks` is a masks.safetensors or the artifact that holds one. Raises UserError as `apply_masks` does.
+    """
+    path = Path(masks)
+    return apply_masks(path / MASKS if path.is_dir() else path, model, Path(output), force)
