@@ -7,7 +7,7 @@ engine or precision is one object, and a new model family is none.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,9 +30,6 @@ class Weights:
 
     def array(self, name: str) -> np.ndarray:
         return self._checkpoint.tensor(name).to(torch.float32).numpy()
-
-    def has(self, name: str) -> bool:
-        return name in self._names
 
     def linear(self, layer: str) -> np.ndarray:
         """Weight [out, in] of a linear layer; of the embedding where the head is tied to it."""
@@ -61,21 +58,34 @@ class Target(Protocol):
         """Declare inputs and shared tensors; return the edge of the token ids."""
         ...
 
-    def norm(self, graph: GraphWriter, stream: str, branch: str | None, weight: str, name: str) -> tuple[str, str]:
+    def norm(
+        self, graph: GraphWriter, stream: str, branch: str | None, weight: str, name: str
+    ) -> tuple[str, str]:
         """Add `branch` to the residual stream; return (normalized stream, stream)."""
         ...
 
     def attention(
-        self, graph: GraphWriter, block: int, query: str, key: str, value: str, head_norms: tuple[str, str] | None
+        self,
+        graph: GraphWriter,
+        block: int,
+        query: str,
+        key: str,
+        value: str,
+        head_norms: tuple[str, str] | None,
     ) -> str:
         """Rotate, attend over the cache of `block`, and return [batch, tokens, heads * head_dim]."""
         ...
 
 
 def write_decoder(
-    graph: GraphWriter, weights: Weights, decoder: Decoder, target: Target, linears: Linears
+    graph: GraphWriter,
+    weights: Weights,
+    decoder: Decoder,
+    target: Target,
+    linears: Linears,
+    advance: Callable[[], None] = lambda: None,
 ) -> None:
-    """Write the whole model, block by block, and declare the output `logits`."""
+    """Write the whole model and declare the output `logits`; `advance` is called after each block."""
     family = decoder.family
     # The first output: that is where DeepSparse's pipelines look for it.
     graph.output("logits", TensorProto.FLOAT, ("batch", "tokens", decoder.vocabulary))
@@ -85,6 +95,7 @@ def write_decoder(
     branch: str | None = None
     for index in range(decoder.blocks):
         stream, branch = _write_block(graph, weights, decoder, target, linears, index, stream, branch)
+        advance()
     scale = graph.weight("final_norm.weight", weights.array(f"{family.final_norm}.weight"))
     normed, _ = target.norm(graph, stream, branch, scale, "final_norm")
     (logits,) = linears(graph, weights, normed, (family.head,))
@@ -136,7 +147,9 @@ def rms_norm(graph: GraphWriter, x: str, weight: str, epsilon: float, name: str)
     """RMSNorm over the last axis in primitive operators: x / sqrt(mean(x^2) + epsilon) * weight."""
     square = graph.node("Pow", x, graph.scalar(2.0), name=f"{name}.square")
     mean = graph.node("ReduceMean", square, name=f"{name}.mean", axes=[-1], keepdims=1)
-    root = graph.node("Sqrt", graph.node("Add", mean, graph.scalar(epsilon), name=f"{name}.shift"), name=f"{name}.rms")
+    root = graph.node(
+        "Sqrt", graph.node("Add", mean, graph.scalar(epsilon), name=f"{name}.shift"), name=f"{name}.rms"
+    )
     return graph.node("Mul", graph.node("Div", x, root, name=f"{name}.unit"), weight, name=name)
 
 
@@ -158,7 +171,9 @@ def rotary_tables(config: Any, decoder: Decoder, positions: int) -> tuple[np.nda
     rope = getattr(config, "rope_scaling", None) or getattr(config, "rope_parameters", None) or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind in ("dynamic", "longrope"):
-        raise UserError(f"config.json: rotary embedding of type {kind} depends on the text's length; not exportable")
+        raise UserError(
+            f"config.json: rotary embedding of type {kind} depends on the text's length; not exportable"
+        )
     if kind == "default":
         theta = rope.get("rope_theta", getattr(config, "rope_theta", 10000.0))
         exponents = torch.arange(0, decoder.head_dim, 2, dtype=torch.int64).float() / decoder.head_dim

@@ -58,13 +58,21 @@ class DeepSparseTarget:
         )
         return ids
 
-    def norm(self, graph: GraphWriter, stream: str, branch: str | None, weight: str, name: str) -> tuple[str, str]:
+    def norm(
+        self, graph: GraphWriter, stream: str, branch: str | None, weight: str, name: str
+    ) -> tuple[str, str]:
         if branch is not None:
             stream = graph.node("Add", stream, branch, name=f"{name}.stream")
         return rms_norm(graph, stream, weight, self.decoder.norm_epsilon, name), stream
 
     def attention(
-        self, graph: GraphWriter, block: int, query: str, key: str, value: str, head_norms: tuple[str, str] | None
+        self,
+        graph: GraphWriter,
+        block: int,
+        query: str,
+        key: str,
+        value: str,
+        head_norms: tuple[str, str] | None,
     ) -> str:
         name, decoder = f"attention.{block}", self.decoder
         query = self._heads(graph, query, decoder.heads, f"{name}.query")
@@ -90,12 +98,16 @@ class DeepSparseTarget:
         return self._halves(graph, mixed, width, 2, f"{name}.detached") if self.detach_output else mixed
 
     def _rotary_table(self, graph: GraphWriter, positions: str, name: str, table: np.ndarray) -> str:
-        rows = graph.node("Gather", graph.weight(f"rotary.{name}", table), positions, name=f"rotary.{name}.rows")
+        rows = graph.node(
+            "Gather", graph.weight(f"rotary.{name}", table), positions, name=f"rotary.{name}.rows"
+        )
         return graph.node("Unsqueeze", rows, graph.constant([1]), name=f"rotary.{name}.heads")
 
     def _heads(self, graph: GraphWriter, x: str, heads: int, name: str) -> str:
         # Zeros copy the batch and token counts: the engine overrides the input shapes at load.
-        split = graph.node("Reshape", x, graph.constant([0, 0, heads, self.decoder.head_dim]), name=f"{name}.split")
+        split = graph.node(
+            "Reshape", x, graph.constant([0, 0, heads, self.decoder.head_dim]), name=f"{name}.split"
+        )
         return graph.node("Transpose", split, name=f"{name}.heads", perm=[0, 2, 1, 3])
 
     def _rotate(self, graph: GraphWriter, x: str, name: str) -> str:
@@ -123,7 +135,12 @@ class DeepSparseTarget:
         group = graph.constant([1, 1, self.decoder.group, 1, 1])
         lone = graph.node("Unsqueeze", x, graph.constant([2]), name=f"{name}.lone")
         repeated = graph.node("Expand", lone, group, name=f"{name}.group")
-        return graph.node("Reshape", repeated, graph.constant([0, self.decoder.heads, -1, self.decoder.head_dim]), name=f"{name}.repeated")
+        return graph.node(
+            "Reshape",
+            repeated,
+            graph.constant([0, self.decoder.heads, -1, self.decoder.head_dim]),
+            name=f"{name}.repeated",
+        )
 
     def _cached(self, graph: GraphWriter, block: int, part: str, x: str) -> str:
         heads, head_dim = self.decoder.heads, self.decoder.head_dim
@@ -147,61 +164,52 @@ def fp32_linears(graph: GraphWriter, weights: Weights, x: str, layers: Sequence[
 class Int8Linears:
     """Int8 weights per output channel; activations int8 per token, measured as the model runs.
 
-    A layer listed in `static_scales` takes its activation scale from there instead (float, the
-    value of one int8 step): the engine's internal KV cache rejects a dynamic scale right behind the
-    attention. `bits` below 8 put the weights on a coarser grid in the same int8 container.
+    The operators are those that the engine fuses at full speed: QuantizeLinear around 128,
+    MatMulInteger, and the two scales multiplied in behind it. `bits` below 8 put the weights on a
+    coarser grid in the same int8 container.
     """
 
-    def __init__(self, static_scales: dict[str, float], bits: int = 8) -> None:
-        self.static_scales = static_scales
+    def __init__(self, bits: int = 8) -> None:
         self.bits = bits
 
-    def __call__(self, graph: GraphWriter, weights: Weights, x: str, layers: Sequence[str]) -> tuple[str, ...]:
-        static = self.static_scales.get(layers[0])
-        if static is None:
-            quantized, scale = _quantize_per_token(graph, x, f"{layers[0]}.input")
-        else:
-            quantized, scale = _quantize_static(graph, x, static, f"{layers[0]}.input"), None
-        return tuple(self._product(graph, weights, quantized, scale, static, layer) for layer in layers)
+    def __call__(
+        self, graph: GraphWriter, weights: Weights, x: str, layers: Sequence[str]
+    ) -> tuple[str, ...]:
+        quantized, scale = _quantize_per_token(graph, x, f"{layers[0]}.input")
+        return tuple(self._product(graph, weights, quantized, scale, layer) for layer in layers)
 
     def _product(
-        self, graph: GraphWriter, weights: Weights, quantized: str, token_scale: str | None, static: float | None, layer: str
+        self, graph: GraphWriter, weights: Weights, quantized: str, token_scale: str, layer: str
     ) -> str:
         stored = quantize_per_channel(weights.linear(layer), self.bits)
         values = graph.weight(f"{layer}.weight", stored.values.T)
-        product = graph.node(
-            "MatMulInteger", quantized, values, graph.constant(_ZERO_POINT), graph.constant(_NO_OFFSET), name=f"{layer}.integer"
-        )
+        zero_points = graph.constant(_ZERO_POINT), graph.constant(_NO_OFFSET)
+        product = graph.node("MatMulInteger", quantized, values, *zero_points, name=f"{layer}.integer")
         product = graph.node("Cast", product, name=f"{layer}.float", to=TensorProto.FLOAT)
-        channel = graph.weight(f"{layer}.scale", stored.scale * np.float32(static or 1.0))
-        output = graph.node("Mul", product, channel, name=f"{layer}.scaled" if token_scale else layer)
-        if token_scale:
-            output = graph.node("Mul", output, token_scale, name=layer)
+        product = graph.node(
+            "Mul", product, graph.weight(f"{layer}.scale", stored.scale), name=f"{layer}.channels"
+        )
+        output = graph.node("Mul", product, token_scale, name=layer)
         return add_bias(graph, weights, output, layer)
 
 
 _ZERO_POINT = np.array(128, dtype=np.uint8)
 _NO_OFFSET = np.array(0, dtype=np.int8)
-_LEVELS = 127.0
+_TOP = 127.0
+# The least peak of a token: one of zeros (padding) must not divide by zero.
+_TINY = 1e-9
 
 
 def _quantize_per_token(graph: GraphWriter, x: str, name: str) -> tuple[str, str]:
-    """x as uint8 around 128, and the scale of each token.
+    """x as uint8 around 128, and the scale of each token, max|x| / 127.
 
-    The magnitude is written Sqrt(Pow(x, 2)): with Abs the engine's internal cache gives wrong logits.
+    |x| is written Sqrt(Pow(x, 2)): with Abs the engine's internal cache gives wrong logits.
     """
-    magnitude = graph.node("Sqrt", graph.node("Pow", x, graph.scalar(2.0), name=f"{name}.square"), name=f"{name}.magnitude")
+    square = graph.node("Pow", x, graph.scalar(2.0), name=f"{name}.square")
+    magnitude = graph.node("Sqrt", square, name=f"{name}.magnitude")
     peak = graph.node("ReduceMax", magnitude, name=f"{name}.peak", axes=[-1], keepdims=1)
-    # An all-zero token (padding) would divide by zero.
-    peak = graph.node("Add", peak, graph.scalar(1e-9), name=f"{name}.positive")
-    scale = graph.node("Mul", peak, graph.scalar(1.0 / _LEVELS), name=f"{name}.scale")
+    peak = graph.node("Add", peak, graph.scalar(_TINY), name=f"{name}.positive")
+    scale = graph.node("Mul", peak, graph.scalar(1.0 / _TOP), name=f"{name}.scale")
     steps = graph.node("Div", x, scale, name=f"{name}.steps")
-    return _to_uint8(graph, steps, 1.0, name), scale
-
-
-def _quantize_static(graph: GraphWriter, x: str, scale: float, name: str) -> str:
-    return _to_uint8(graph, x, scale, name)
-
-
-def _to_uint8(graph: GraphWriter, x: str, scale: float, name: str) -> str:
-    return graph.node("QuantizeLinear", x, graph.scalar(scale), graph.constant(_ZERO_POINT), name=f"{name}.uint8")
+    zero_point = graph.constant(_ZERO_POINT)
+    return graph.node("QuantizeLinear", steps, graph.scalar(1.0), zero_point, name=f"{name}.uint8"), scale

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from onnx import TensorProto
 
+from ..errors import UserError
 from ..families import Decoder
 from .decoder import Weights, add_bias, rms_norm
 from .graph import GraphWriter
@@ -26,9 +27,14 @@ INT8_ACCURACY = 4
 
 
 class OnnxRuntimeTarget:
-    """Writes norms and attention as single fused operators."""
+    """Writes norms and attention as single fused operators. UserError for odd head sizes."""
 
     def __init__(self, decoder: Decoder, cosine: np.ndarray, sine: np.ndarray) -> None:
+        if decoder.head_dim % 16:
+            raise UserError(
+                f"ONNX Runtime's attention takes heads of a multiple of 16, not {decoder.head_dim}; "
+                "leave out --target onnxruntime and --baseline"
+            )
         self.decoder = decoder
         self._tables = (cosine, sine)
 
@@ -46,7 +52,9 @@ class OnnxRuntimeTarget:
         self._sine = graph.weight("rotary.sine", sine)
         return ids
 
-    def norm(self, graph: GraphWriter, stream: str, branch: str | None, weight: str, name: str) -> tuple[str, str]:
+    def norm(
+        self, graph: GraphWriter, stream: str, branch: str | None, weight: str, name: str
+    ) -> tuple[str, str]:
         if branch is None:
             return rms_norm(graph, stream, weight, self.decoder.norm_epsilon, name), stream
         outputs = graph.nodes(
@@ -60,14 +68,23 @@ class OnnxRuntimeTarget:
         return outputs[0], outputs[3]
 
     def attention(
-        self, graph: GraphWriter, block: int, query: str, key: str, value: str, head_norms: tuple[str, str] | None
+        self,
+        graph: GraphWriter,
+        block: int,
+        query: str,
+        key: str,
+        value: str,
+        head_norms: tuple[str, str] | None,
     ) -> str:
         name, decoder = f"attention.{block}", self.decoder
         if head_norms:
             query = self._norm_heads(graph, query, decoder.heads, head_norms[0], f"{name}.query")
             key = self._norm_heads(graph, key, decoder.kv_heads, head_norms[1], f"{name}.key")
         shape = ("batch", decoder.kv_heads, "past", decoder.head_dim)
-        past = [graph.input(f"past_key_values.{block}.{part}", TensorProto.FLOAT, shape) for part in ("key", "value")]
+        past = [
+            graph.input(f"past_key_values.{block}.{part}", TensorProto.FLOAT, shape)
+            for part in ("key", "value")
+        ]
         output, *present = graph.nodes(
             "GroupQueryAttention",
             (query, key, value, *past, self._last, self._total, self._cosine, self._sine),
@@ -84,9 +101,13 @@ class OnnxRuntimeTarget:
         return output
 
     def _norm_heads(self, graph: GraphWriter, x: str, heads: int, weight: str, name: str) -> str:
-        split = graph.node("Reshape", x, graph.constant([0, 0, heads, self.decoder.head_dim]), name=f"{name}.split")
+        split = graph.node(
+            "Reshape", x, graph.constant([0, 0, heads, self.decoder.head_dim]), name=f"{name}.split"
+        )
         normed = rms_norm(graph, split, weight, self.decoder.norm_epsilon, f"{name}.norm")
-        return graph.node("Reshape", normed, graph.constant([0, 0, heads * self.decoder.head_dim]), name=f"{name}.joined")
+        return graph.node(
+            "Reshape", normed, graph.constant([0, 0, heads * self.decoder.head_dim]), name=f"{name}.joined"
+        )
 
 
 class BlockLinears:
@@ -96,8 +117,12 @@ class BlockLinears:
         self.bits = bits
         self.block = block
 
-    def __call__(self, graph: GraphWriter, weights: Weights, x: str, layers: Sequence[str]) -> tuple[str, ...]:
-        return tuple(add_bias(graph, weights, self._product(graph, weights, x, layer), layer) for layer in layers)
+    def __call__(
+        self, graph: GraphWriter, weights: Weights, x: str, layers: Sequence[str]
+    ) -> tuple[str, ...]:
+        return tuple(
+            add_bias(graph, weights, self._product(graph, weights, x, layer), layer) for layer in layers
+        )
 
     def _product(self, graph: GraphWriter, weights: Weights, x: str, layer: str) -> str:
         weight = weights.linear(layer)

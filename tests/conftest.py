@@ -41,7 +41,7 @@ TINY_CONFIGS: dict[str, Callable[[], Any]] = {
     "llama": lambda: LlamaConfig(**SIZES),
     "llama-tied": lambda: LlamaConfig(**SIZES | {"tie_word_embeddings": True, "num_key_value_heads": 1}),
     "llama-bias": lambda: LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
-    "mistral": lambda: MistralConfig(**SIZES, head_dim=24, sliding_window=None),
+    "mistral": lambda: MistralConfig(**SIZES, head_dim=48, sliding_window=None),
     "qwen2": lambda: Qwen2Config(**SIZES),
     "qwen3": lambda: Qwen3Config(**SIZES, head_dim=32),
 }

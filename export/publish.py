@@ -1,0 +1,137 @@
+"""From a checkpoint to verified graph folders: write, check, and only then give the final name."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from ..artifact import Export, OutputCheck
+from ..bench.engines import engine_named
+from ..bench.environments import list_engines
+from ..checkpoint import open_checkpoint
+from ..families import decoder_of
+from ..models import ModelFiles, load_config
+from ..progress import progress, say
+from ..storage import partial_folder, write_text
+from .decoder import Weights
+from .plan import Graph
+from .reference import Reference, torch_reference, write_reference
+from .verify import (
+    check_structure,
+    compare_logits,
+    count_zeros,
+    engine_logits,
+    graph_logits,
+    require_agreement,
+)
+from .write import write_graph
+
+# The record of a finished graph folder; it lets an interrupted export go on behind the last one.
+RECORD = "export.json"
+# What a graph folder needs to be loaded by the tools that people use.
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """A checkpoint to export, and what torch says of it (computed when first asked for)."""
+
+    files: ModelFiles
+    title: str
+
+    @cached_property
+    def reference(self) -> Reference:
+        return torch_reference(self.files, self.title)
+
+
+def export_graphs(
+    artifact: Path, pruned: ModelFiles, dense: ModelFiles | None, graphs: Sequence[Graph]
+) -> tuple[Export, ...]:
+    """Write and verify `graphs` below `artifact`; those that are there already are kept.
+
+    `dense` is the unpruned model, needed for baselines only. Raises VerificationError, leaving the
+    failing graph without a final name.
+    """
+    sources = {False: Weighed(pruned, "Reference logits, pruned model in torch")}
+    if dense is not None:
+        sources[True] = Weighed(dense, "Reference logits, dense model in torch")
+    return tuple(_export_one(artifact, sources[graph.dense], graph) for graph in graphs)
+
+
+def _export_one(artifact: Path, source: Weighed, graph: Graph) -> Export:
+    final = artifact / graph.folder
+    if (final / RECORD).is_file():
+        return Export.model_validate_json((final / RECORD).read_text(encoding="utf-8"))
+    folder = partial_folder(final)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    export = _write_and_verify(folder, artifact / "checkpoint", source, graph)
+    write_text(folder / RECORD, export.model_dump_json(indent=2) + "\n")
+    if final.exists():
+        shutil.rmtree(final)
+    folder.replace(final)
+    say(_summary(export))
+    return export
+
+
+def _write_and_verify(folder: Path, companions: Path, source: Weighed, graph: Graph) -> Export:
+    config = load_config(source.files)
+    decoder = decoder_of(config)
+    weights = Weights(open_checkpoint(source.files), decoder)
+    with progress(f"Exporting {graph.label}", decoder.blocks) as advance:
+        written = write_graph(folder, graph, weights, decoder, config, advance)
+    for name in COMPANIONS:
+        if (companions / name).is_file():
+            shutil.copyfile(companions / name, folder / name)
+    check_structure(written.model)
+    counted = count_zeros(written.model, weights, decoder)
+    checks = _check_outputs(folder, written.model, source.reference, graph)
+    return Export(
+        path=graph.folder,
+        engine=graph.engine,
+        precision=graph.precision,
+        dense=graph.dense,
+        sparsity=counted.sparsity,
+        rounded_to_zero=counted.rounded_to_zero,
+        weight_bytes=written.weight_bytes,
+        opset=written.opset,
+        checks=checks,
+        notes=written.notes,
+    )
+
+
+def _check_outputs(folder: Path, model: Path, reference: Reference, graph: Graph) -> tuple[OutputCheck, ...]:
+    """Run the graph in ONNX Runtime, and in its own engine where that is another one and installed."""
+    ours = graph_logits(model, reference.ids, reference.prompt)
+    write_reference(folder, replace(reference, graph_logits=ours))
+    checks = [compare_logits("onnxruntime", "torch", ours, reference.logits)]
+    if graph.engine != "onnxruntime" and _is_installed(graph.engine):
+        theirs = engine_logits(engine_named(graph.engine), model, reference.ids, reference.prompt)
+        checks.append(compare_logits(graph.engine, "torch", theirs, reference.logits))
+        checks.append(compare_logits(graph.engine, "onnxruntime", theirs, ours))
+    for check in checks:
+        require_agreement(check, graph.precision, model)
+    return tuple(checks)
+
+
+def _is_installed(engine: str) -> bool:
+    return any(status.engine.name == engine and status.python for status in list_engines())
+
+
+def _summary(export: Export) -> str:
+    errors = ", ".join(
+        f"{check.engine} {check.max_rel_error:.1e}" for check in export.checks if check.reference == "torch"
+    )
+    return (
+        f"{export.path}: {export.weight_bytes / 1e6:.0f} MB, sparsity {export.sparsity:.4f}, "
+        f"max relative logit error against torch: {errors}"
+    )

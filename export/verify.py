@@ -1,0 +1,160 @@
+"""Checks that decide whether an exported graph may have its final name.
+
+Structure (onnx.checker), zeros (every pruned weight is still exactly zero), and logits: the graph is
+run over a prompt and then token by token through its KV cache, and compared with torch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+from ..artifact import OutputCheck
+from ..bench.engines import Engine
+from ..bench.worker import EngineWorker, WorkerError
+from ..families import Decoder
+from .decoder import Weights
+from .graph import DATA_FILE
+
+# A max_rel_error above these means a wrong graph, not rounding: fp32 differs by the order of sums
+# only; int8 and int4 by what the coarser grid does to the logits of this one text.
+MAX_ERROR = {"fp32": 1e-4, "int8": 0.35, "int4": 1.0}
+
+PLAIN_ONNXRUNTIME = Engine(
+    name="onnxruntime",
+    title="ONNX Runtime, any graph",
+    worker=str(Path(__file__).with_name("plain_session.py")),
+    reads="",
+    precisions=("fp32", "int8", "int4"),
+    licence="MIT",
+    modules=("onnxruntime",),
+)
+
+
+class VerificationError(Exception):
+    """An exported graph is not what the checkpoint says. Not the user's fault; nothing is published."""
+
+
+@dataclass(frozen=True)
+class ZeroCount:
+    """Block weights of a graph: how many there are, pruned in the checkpoint, and zero in the graph."""
+
+    weights: int
+    pruned: int
+    zeros: int
+
+    @property
+    def sparsity(self) -> float:
+        return self.zeros / self.weights
+
+    @property
+    def rounded_to_zero(self) -> float:
+        return (self.zeros - self.pruned) / self.weights
+
+
+def check_structure(model: Path) -> None:
+    """Run onnx.checker on the graph with its external data. Raises VerificationError."""
+    try:
+        onnx.checker.check_model(str(model))
+    except (onnx.checker.ValidationError, ValueError) as error:
+        raise VerificationError(f"{model}: {error}") from None
+
+
+def count_zeros(model: Path, weights: Weights, decoder: Decoder) -> ZeroCount:
+    """Compare the stored integers or floats with the checkpoint, layer by layer.
+
+    Raises VerificationError naming the layer in which a pruned weight is not exactly zero.
+    """
+    stored = dict(_initializers(model))
+    total = pruned = zeros = 0
+    for index in range(decoder.blocks):
+        for part in decoder.family.linears:
+            layer = f"{decoder.family.block(index)}.{part}"
+            source_zero = weights.linear(layer) == 0
+            graph_zero = _zeros(stored[f"{layer}.weight"], source_zero.shape)
+            lost = int(np.count_nonzero(source_zero & ~graph_zero))
+            if lost:
+                raise VerificationError(f"{model}: {lost} pruned weights of {layer} are no longer zero")
+            total += source_zero.size
+            pruned += int(source_zero.sum())
+            zeros += int(graph_zero.sum())
+    return ZeroCount(total, pruned, zeros)
+
+
+def _initializers(model: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """Initializers by name; external ones as views of the mapped data file."""
+    graph = onnx.load(str(model), load_external_data=False).graph
+    data = np.memmap(model.parent / DATA_FILE, mode="r", dtype=np.uint8)
+    for tensor in graph.initializer:
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            yield tensor.name, numpy_helper.to_array(tensor)
+            continue
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        start, length = int(place["offset"]), int(place["length"])
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        yield tensor.name, data[start : start + length].view(dtype).reshape(tuple(tensor.dims))
+
+
+def _zeros(stored: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Which weights [out, in] are zero, for MatMul [in, out] or packed MatMulNBits [out, blocks, bytes]."""
+    if stored.ndim == 2:
+        return stored.T == 0
+    out, inputs = shape
+    levels = stored.reshape(out, -1)
+    if levels.shape[1] >= inputs:
+        return levels[:, :inputs] == 128
+    nibbles = np.stack((levels & 15, levels >> 4), axis=-1).reshape(out, -1)
+    return nibbles[:, :inputs] == 8
+
+
+def compare_logits(engine: str, against: str, logits: np.ndarray, expected: np.ndarray) -> OutputCheck:
+    """Agreement of float32 logits [positions, vocabulary]; a nan counts as an infinite error."""
+    difference = np.abs(logits - expected)
+    peak = float(np.abs(expected).max())
+    errors = (float(difference.max()) / peak, float(difference.mean()) / peak)
+    largest, mean = (error if np.isfinite(error) else float("inf") for error in errors)
+    return OutputCheck(
+        engine=engine,
+        reference="torch" if against == "torch" else "onnxruntime",
+        max_rel_error=largest,
+        mean_rel_error=mean,
+        greedy_match=float((logits.argmax(-1) == expected.argmax(-1)).mean()),
+        positions=len(expected),
+    )
+
+
+def require_agreement(check: OutputCheck, precision: str, model: Path) -> None:
+    """Raise VerificationError when a check exceeds what its precision can explain."""
+    limit = MAX_ERROR[precision]
+    if not check.max_rel_error <= limit:
+        raise VerificationError(
+            f"{model}: logits in {check.engine} differ from {check.reference} by {check.max_rel_error:.2e} "
+            f"of the largest (limit for {precision}: {limit:g})"
+        )
+
+
+def graph_logits(model: Path, ids: np.ndarray, prompt: int) -> np.ndarray:
+    """Logits of any of our graphs in ONNX Runtime, float32 [len(ids) - prompt + 1, vocabulary].
+
+    ids int64 [n]: the first `prompt` are fed at once, the others one by one through the KV cache.
+    """
+    return engine_logits(PLAIN_ONNXRUNTIME, model, ids, prompt)
+
+
+def engine_logits(engine: Engine, model: Path, ids: np.ndarray, prompt: int) -> np.ndarray:
+    """The same in any engine, in a process of its own: memory and aborts are the worker's.
+
+    Raises VerificationError when the engine cannot run the graph.
+    """
+    try:
+        with EngineWorker.spawn(engine, sorted(os.sched_getaffinity(0))) as worker:
+            worker.load(model, context=len(ids), prompt=prompt)
+            return worker.logits(ids, prompt)
+    except WorkerError as error:
+        raise VerificationError(f"{model}: {error}") from error

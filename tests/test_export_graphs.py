@@ -1,0 +1,186 @@
+"""Exported graphs say what torch says: every family, engine and precision, through the KV cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from dlp_deploy.artifact import EngineName, Precision
+from dlp_deploy.checkpoint import open_checkpoint
+from dlp_deploy.errors import UserError
+from dlp_deploy.export.decoder import Weights, rotary_tables
+from dlp_deploy.export.plan import Graph, plan_graphs
+from dlp_deploy.export.quantize import quantize_per_channel
+from dlp_deploy.export.verify import VerificationError, check_structure, count_zeros, graph_logits
+from dlp_deploy.export.write import write_graph
+from dlp_deploy.families import decoder_of
+from dlp_deploy.models import load_config, resolve_model
+
+from .conftest import TINY_CONFIGS
+
+IDS = np.random.default_rng(0).integers(0, 500, 40)
+PROMPT = 24
+
+
+def exported(folder: Path, checkpoint: Path, engine: Any, precision: Any) -> Path:
+    files = resolve_model(str(checkpoint))
+    config = load_config(files)
+    decoder = decoder_of(config)
+    weights = Weights(open_checkpoint(files), decoder)
+    graph = Graph(engine, precision, False, engine)
+    return write_graph(folder / f"{engine}-{precision}", graph, weights, decoder, config, lambda: None).model
+
+
+def torch_logits(model: torch.nn.Module) -> np.ndarray:
+    with torch.inference_mode():
+        return model(torch.from_numpy(IDS)[None]).logits[0, PROMPT - 1 :].numpy()
+
+
+def relative_error(logits: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.abs(logits - expected).max() / np.abs(expected).max())
+
+
+@pytest.mark.parametrize("engine", get_args(EngineName))
+@pytest.mark.parametrize("kind", TINY_CONFIGS)
+def test_fp32_logits_are_those_of_torch(
+    kind: str, engine: str, tmp_path: Path, tiny_checkpoint: Callable[[str], Path]
+) -> None:
+    model = exported(tmp_path, tiny_checkpoint(kind), engine, "fp32")
+    check_structure(model)
+    expected = torch_logits(AutoModelForCausalLM.from_pretrained(tiny_checkpoint(kind)))
+    assert relative_error(graph_logits(model, IDS, PROMPT), expected) < 1e-5
+
+
+def fake_quantized(checkpoint: Path) -> torch.nn.Module:
+    """The int8 scheme written a second time, in torch: weights per channel, inputs per token."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+
+    def quantize_input(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+        scale = inputs[0].abs().amax(-1, keepdim=True) / 127
+        return (torch.round(inputs[0] / scale) * scale,)
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            restored = quantize_per_channel(module.weight.detach().numpy()).dequantize()
+            module.weight = torch.nn.Parameter(torch.from_numpy(restored))
+            module.register_forward_pre_hook(quantize_input)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-bias", "qwen3"])
+def test_int8_for_deepsparse_is_the_scheme_it_claims(
+    kind: str, tmp_path: Path, tiny_checkpoint: Callable[[str], Path]
+) -> None:
+    logits = graph_logits(exported(tmp_path, tiny_checkpoint(kind), "deepsparse", "int8"), IDS, PROMPT)
+    # A sum that differs in its last bit may round an activation to the next step.
+    assert relative_error(logits, torch_logits(fake_quantized(tiny_checkpoint(kind)))) < 2e-2
+    assert (
+        relative_error(logits, torch_logits(AutoModelForCausalLM.from_pretrained(tiny_checkpoint(kind))))
+        > 1e-4
+    )
+
+
+@pytest.mark.parametrize(("precision", "limit"), [("int8", 0.25), ("int4", 0.9)])
+@pytest.mark.parametrize("engine", get_args(EngineName))
+def test_quantized_logits_stay_near_torch(
+    engine: str, precision: str, limit: float, tmp_path: Path, tiny_checkpoint: Callable[[str], Path]
+) -> None:
+    model = exported(tmp_path, tiny_checkpoint("llama"), engine, precision)
+    check_structure(model)
+    expected = torch_logits(AutoModelForCausalLM.from_pretrained(tiny_checkpoint("llama")))
+    assert relative_error(graph_logits(model, IDS, PROMPT), expected) < limit
+
+
+@pytest.fixture
+def half_zero(tmp_path: Path, llama_folder: Path) -> Path:
+    model = AutoModelForCausalLM.from_pretrained(llama_folder)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for linear in (layer.self_attn.q_proj, layer.mlp.down_proj):
+                linear.weight *= torch.arange(linear.weight.numel()).reshape(linear.weight.shape) % 2
+    model.save_pretrained(llama_folder)
+    return llama_folder
+
+
+@pytest.mark.parametrize("precision", get_args(Precision))
+@pytest.mark.parametrize("engine", get_args(EngineName))
+def test_pruned_weights_stay_zero_in_every_precision(
+    engine: str, precision: str, tmp_path: Path, half_zero: Path
+) -> None:
+    files = resolve_model(str(half_zero))
+    decoder = decoder_of(load_config(files))
+    weights = Weights(open_checkpoint(files), decoder)
+    counted = count_zeros(exported(tmp_path, half_zero, engine, precision), weights, decoder)
+    pruned = sum(
+        int((weights.linear(f"{decoder.family.block(block)}.{part}") == 0).sum())
+        for block in range(decoder.blocks)
+        for part in decoder.family.linears
+    )
+    assert counted.pruned == pruned > 0
+    assert counted.zeros >= pruned
+    assert counted.zeros == pruned or precision != "fp32"
+
+
+@pytest.mark.parametrize("engine", get_args(EngineName))
+def test_a_pruned_weight_that_is_not_zero_is_found(engine: str, tmp_path: Path, half_zero: Path) -> None:
+    model = exported(tmp_path, half_zero, engine, "int8")
+    graph = onnx.load(str(model), load_external_data=False).graph
+    (stored,) = (entry for entry in graph.initializer if entry.name == "model.layers.1.mlp.down_proj.weight")
+    offset = next(int(entry.value) for entry in stored.external_data if entry.key == "offset")
+    with (model.parent / "model.onnx.data").open("r+b") as data:
+        data.seek(offset)
+        data.write(b"\x01")
+    files = resolve_model(str(half_zero))
+    decoder = decoder_of(load_config(files))
+    with pytest.raises(VerificationError, match=r"model\.layers\.1\.mlp\.down_proj"):
+        count_zeros(model, Weights(open_checkpoint(files), decoder), decoder)
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "linear", "factor": 2.0},
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    ],
+)
+def test_scaled_rotary_tables_are_those_of_transformers(scaling: dict[str, Any]) -> None:
+    config = TINY_CONFIGS["llama"]()
+    config.rope_scaling = scaling
+    config.architectures = ["LlamaForCausalLM"]
+    model = AutoModelForCausalLM.from_config(config)
+    cosine, sine = rotary_tables(config, decoder_of(config), 100)
+    theirs = model.model.rotary_emb(torch.zeros(1), torch.arange(100)[None])
+    np.testing.assert_allclose(np.tile(cosine, 2), theirs[0][0], atol=1e-5)
+    np.testing.assert_allclose(np.tile(sine, 2), theirs[1][0], atol=1e-5)
+
+
+def test_plan_puts_the_first_precision_under_the_engines_name() -> None:
+    folders = [graph.folder for graph in plan_graphs("int8,fp32", "deepsparse,onnxruntime", "fp32")]
+    assert folders == ["deepsparse", "deepsparse-fp32", "onnxruntime", "onnxruntime-fp32", "baseline/fp32"]
+    assert [graph.folder for graph in plan_graphs("fp32", "deepsparse", "none")] == ["deepsparse"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("int7", "deepsparse", "fp32"), "int7"),
+        (("int8", "tvm", "fp32"), "tvm"),
+        (("int8", "", "fp32"), "--target"),
+    ],
+)
+def test_unknown_names_are_refused_by_name(arguments: tuple[str, str, str], named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        plan_graphs(*arguments)
