@@ -8,13 +8,14 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
-from gguf_files import write_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from dlp_deploy.checkpoint import open_checkpoint
 from dlp_deploy.errors import UserError
 from dlp_deploy.models import load_config, load_tokenizer, resolve_model, save_tokenizer
+
+from .gguf_files import write_gguf
 
 TEXT = "def f(x):\n    return 123 + 4567  # naïve\t日本"
 
