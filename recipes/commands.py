@@ -10,11 +10,11 @@ from ..artifact import MASKS
 from ..errors import UserError
 from ..families import decoder_of
 from ..models import load_config, resolve_model
-from .apply import Applied, apply_masks
+from .masked_checkpoint import Applied, apply_masks
 from .plan import PruningPlan, check_recipe, plan_of
 from .ready_made import load_recipe
 from .recipe import KINDS, MagnitudePruningModifier, Modifier, Recipe, recipe_yaml
-from .show import show
+from .text import recipe_text
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,12 @@ class Checked:
     notes: tuple[str, ...]
 
 
-def show_recipe(recipe: str | Path) -> str:
+def show(recipe: str | Path) -> str:
     """The recipe in a file, or the ready-made one of that name, as text for people.
 
     Raises UserError when there is none or it is not valid.
     """
-    return show(load_recipe(recipe))
+    return recipe_text(load_recipe(recipe))
 
 
 def check(recipe: str | Path, model: str | None = None) -> Checked:
@@ -65,7 +65,7 @@ def _notes(recipe: Recipe) -> Iterator[str]:
         elif _is_unsupported(modifier):
             yield f"{place}.mask_structure: SparseML knows no N:M for magnitude and will refuse it"
     if "eval(" in recipe_yaml(recipe):
-        yield "eval(...): SparseML runs what is inside as Python; use this recipe only if you trust its author"
+        yield "eval(...): SparseML runs what is inside as Python; use it only if you trust its author"
 
 
 def _is_unsupported(modifier: Modifier) -> bool:

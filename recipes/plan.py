@@ -27,26 +27,27 @@ from .targets import linears_within, resolve_targets
 
 UNSTRUCTURED = "unstructured"
 _UNSTRUCTURED_MASKS = ("0:0", UNSTRUCTURED)
+_ONE_SHOT: dict[str, type[BlockPruning]] = {"wanda": WandaPruningModifier, "sparsegpt": SparseGPTModifier}
 _METHODS: dict[type[Modifier], str] = {
-    WandaPruningModifier: "wanda",
-    SparseGPTModifier: "sparsegpt",
+    **{kind: method for method, kind in _ONE_SHOT.items()},
     MagnitudePruningModifier: "magnitude",
 }
 
 
-def recipe_from_pruning(pruning: Pruning, family: Family, quant: Precision = "fp32") -> Recipe:
+def recipe_from_pruning(pruning: Pruning, decoder: Decoder, quant: Precision = "fp32") -> Recipe:
     """The recipe by which SparseML or llm-compressor repeats `pruning`, and then quantizes to `quant`.
 
     Wanda and SparseGPT become one one-shot modifier with a sparsity per block; magnitude, which SparseML
     knows only as training, one modifier per block. The last stage freezes the zeros for fine-tuning.
     """
+    family = decoder.family
     blocks = sorted(pruning.blocks, key=lambda block: block.index)
     if pruning.method == "magnitude":
         stages = {"prune_train_stage": Stage(_magnitude_groups(blocks, pruning.pattern, family))}
         if quant != "fp32":
-            stages["quantize_oneshot_stage"] = Stage(_quantization_group(family, quant))
+            stages["quantize_oneshot_stage"] = Stage(_quantization_group(decoder, quant))
     else:
-        groups = _one_shot_group(blocks, pruning, family) | _quantization_group(family, quant)
+        groups = _one_shot_groups(blocks, pruning, family) | _quantization_group(decoder, quant)
         stages = {"prune_oneshot_stage": Stage(groups)}
     stages["finetune_train_stage"] = Stage(
         {"constant_modifiers": {"ConstantPruningModifier": _constant_pruning(family)}}
@@ -73,17 +74,34 @@ def _linears_target(family: Family, block: str = r"\d+") -> str:
     return rf"re:{family.blocks}.{block}\..*({'|'.join(last_names)}).weight"
 
 
-def _one_shot_group(
+def _one_shot_groups(
     blocks: list[BlockSparsity], pruning: Pruning, family: Family
 ) -> dict[str, dict[str, Modifier]]:
-    kind = {"wanda": WandaPruningModifier, "sparsegpt": SparseGPTModifier}[pruning.method]
-    modifier = kind(
-        sparsity=[block.asked for block in blocks],
-        mask_structure="0:0" if pruning.pattern == UNSTRUCTURED else pruning.pattern,
-        sequential_update=True,
-        targets=[_blocks_target(family)],
-    )
+    kind = _ONE_SHOT[pruning.method]
+    if pruning.pattern.startswith("N:"):
+        return {
+            f"block_{block.index}_modifiers": {
+                kind.__name__: _one_shot(kind, block.asked, structure, rf"re:{family.block(block.index)}$")
+            }
+            for block in blocks
+            if (structure := _mixed_structure(block, int(pruning.pattern[2:]))) is not None
+        }
+    structure = "0:0" if pruning.pattern == UNSTRUCTURED else pruning.pattern
+    sparsities = [block.asked for block in blocks]
+    modifier = _one_shot(kind, sparsities, structure, _blocks_target(family))
     return {"pruning_modifiers": {kind.__name__: modifier}}
+
+
+def _one_shot(
+    kind: type[BlockPruning], sparsity: float | list[float], structure: str, target: str
+) -> BlockPruning:
+    return kind(sparsity=sparsity, mask_structure=structure, sequential_update=True, targets=[target])
+
+
+def _mixed_structure(block: BlockSparsity, group: int) -> str | None:
+    """The N:M of one block under the mixed pattern "N:M"; None when N is 0, and the block stays dense."""
+    pruned = round(block.asked * group)
+    return f"{pruned}:{group}" if pruned else None
 
 
 def _magnitude_groups(
@@ -108,8 +126,8 @@ def _constant_pruning(family: Family) -> ConstantPruningModifier:
     return ConstantPruningModifier(targets=[_linears_target(family)], start=0.0)
 
 
-def _quantization_group(family: Family, quant: Precision) -> dict[str, dict[str, Modifier]]:
-    """Symmetric weights, so that a zero stays zero: int8 per channel and token, or int4 in groups of 128."""
+def _quantization_group(decoder: Decoder, quant: Precision) -> dict[str, dict[str, Modifier]]:
+    """Symmetric weights, so that a zero stays zero: int8 per channel and token, or int4 in groups."""
     if quant == "fp32":
         return {}
     if quant == "int8":
@@ -124,11 +142,17 @@ def _quantization_group(family: Family, quant: Precision) -> dict[str, dict[str,
         scheme = QuantizationScheme(
             targets=["Linear"],
             weights=QuantizationArguments(
-                num_bits=4, type="int", symmetric=True, strategy="group", group_size=128
+                num_bits=4, type="int", symmetric=True, strategy="group", group_size=_group_size(decoder)
             ),
         )
-    modifier = QuantizationModifier(config_groups={"group_0": scheme}, ignore=[family.head])
+    modifier = QuantizationModifier(config_groups={"group_0": scheme})
     return {"quantization_modifiers": {"QuantizationModifier": modifier}}
+
+
+def _group_size(decoder: Decoder) -> int:
+    """The largest usual group that divides the inputs of every layer, as the tools ask for."""
+    inputs = math.gcd(decoder.hidden, decoder.intermediate, decoder.heads * decoder.head_dim)
+    return next((size for size in (128, 64, 32) if inputs % size == 0), math.gcd(inputs, 128))
 
 
 @dataclass(frozen=True)
@@ -161,7 +185,7 @@ def plan_of(recipe: Recipe, decoder: Decoder) -> PruningPlan:
             "the recipe prunes nothing; it needs a WandaPruningModifier, SparseGPTModifier or the like"
         )
     method = _only([(place, _METHODS[type(modifier)]) for place, modifier in found], "method")
-    pattern = _only([(place, _pattern(modifier)) for place, modifier in found], "mask_structure")
+    pattern = _common_pattern([(place, _pattern(modifier)) for place, modifier in found])
     owl = [modifier for _, modifier in found if isinstance(modifier, BlockPruning) and _is_owl(modifier)]
     if owl:
         return _owl_plan(owl[0], method, pattern, alone=len(found) == 1)
@@ -271,6 +295,14 @@ def _only(found: list[tuple[str, str]], what: str) -> str:
                 f"{other_place}: {what} {other}, but {place} has {first}; prune takes one for all blocks"
             )
     return first
+
+
+def _common_pattern(found: list[tuple[str, str]]) -> str:
+    """The one pattern, or "N:8" when the blocks have N:8 with an N of their own (DLP's mixed N:8)."""
+    groups = {pattern.partition(":")[2] for _, pattern in found}
+    if len(groups) == 1 and len({pattern for _, pattern in found}) > 1:
+        return f"N:{groups.pop()}"
+    return _only(found, "mask_structure")
 
 
 def _per_block(asked: dict[str, float], decoder: Decoder) -> tuple[float, ...]:

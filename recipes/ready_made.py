@@ -6,6 +6,7 @@ import difflib
 from importlib import resources
 from pathlib import Path
 
+from ..artifact import RECIPE
 from ..errors import UserError
 from .recipe import Recipe, parse_recipe, read_recipe
 
@@ -27,7 +28,13 @@ def ready_made_text(name: str) -> str:
 
 
 def load_recipe(recipe: str | Path) -> Recipe:
-    """The recipe in the file `recipe`, or the ready-made one of that name. Raises UserError as both do."""
-    if isinstance(recipe, Path) or Path(recipe).exists():
-        return read_recipe(Path(recipe))
+    """The recipe in a file or in an artifact's folder, or the ready-made one of that name.
+
+    Raises UserError when there is none, or when it is not valid.
+    """
+    path = Path(recipe)
+    if path.is_dir():
+        return read_recipe(path / RECIPE)
+    if isinstance(recipe, Path) or path.exists() or path.suffix in (SUFFIX, ".yml", ".json"):
+        return read_recipe(path)
     return parse_recipe(ready_made_text(recipe), recipe)

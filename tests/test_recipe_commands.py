@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dlp_deploy.errors import UserError
-from dlp_deploy.recipes.commands import apply, check, show_recipe
+from dlp_deploy.recipes import apply, check, show
 
 
 def recipe_file(tmp_path, text: str) -> str:
@@ -14,7 +14,18 @@ def recipe_file(tmp_path, text: str) -> str:
 
 
 def test_showing_a_ready_made_recipe():
-    assert "32 sparsities, mean 0.7000" in show_recipe("llama2-7b-dlp-70")
+    assert "32 sparsities, mean 0.7000" in show("llama2-7b-dlp-70")
+
+
+def test_showing_the_recipe_of_an_artifact(tmp_path):
+    recipe_file(tmp_path, "a_stage: {b_modifiers: {WandaPruningModifier: {sparsity: 0.5}}}")
+    assert show(tmp_path) == show(tmp_path / "recipe.yaml") == show(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["missing.yaml", "folder/missing.yml"])
+def test_a_missing_file_is_not_taken_for_a_name(name):
+    with pytest.raises(UserError, match=f"{name}: No such file"):
+        show(name)
 
 
 def test_checking_without_a_model():

@@ -16,7 +16,7 @@ from .recipe import (
 BAR = 30
 
 
-def show(recipe: Recipe) -> str:
+def recipe_text(recipe: Recipe) -> str:
     """Every stage and modifier of `recipe`, with the sparsity of each block as a bar."""
     return "\n".join(_lines(recipe))
 

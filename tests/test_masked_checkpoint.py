@@ -14,7 +14,7 @@ from dlp_deploy.checkpoint import open_checkpoint
 from dlp_deploy.errors import UserError
 from dlp_deploy.families import decoder_of
 from dlp_deploy.models import load_config, resolve_model
-from dlp_deploy.recipes.apply import apply_masks
+from dlp_deploy.recipes.masked_checkpoint import apply_masks
 from dlp_deploy.recipes.masks import identity_of, mask_of, open_masks, write_masks
 from dlp_deploy.recipes.targets import linears_within
 
