@@ -34,20 +34,22 @@ _METHODS: dict[type[Modifier], str] = {
 }
 
 
-def recipe_from_pruning(pruning: Pruning, decoder: Decoder, quant: Precision = "fp32") -> Recipe:
+def recipe_from_pruning(
+    pruning: Pruning, family: Family, quant: Precision = "fp32", group_size: int = 128
+) -> Recipe:
     """The recipe by which SparseML or llm-compressor repeats `pruning`, and then quantizes to `quant`.
 
     Wanda and SparseGPT become one one-shot modifier with a sparsity per block; magnitude, which SparseML
     knows only as training, one modifier per block. The last stage freezes the zeros for fine-tuning.
+    int4 shares one scale among `group_size` inputs; see `group_size_of`.
     """
-    family = decoder.family
     blocks = sorted(pruning.blocks, key=lambda block: block.index)
     if pruning.method == "magnitude":
         stages = {"prune_train_stage": Stage(_magnitude_groups(blocks, pruning.pattern, family))}
         if quant != "fp32":
-            stages["quantize_oneshot_stage"] = Stage(_quantization_group(decoder, quant))
+            stages["quantize_oneshot_stage"] = Stage(_quantization_group(quant, group_size))
     else:
-        groups = _one_shot_groups(blocks, pruning, family) | _quantization_group(decoder, quant)
+        groups = _one_shot_groups(blocks, pruning, family) | _quantization_group(quant, group_size)
         stages = {"prune_oneshot_stage": Stage(groups)}
     stages["finetune_train_stage"] = Stage(
         {"constant_modifiers": {"ConstantPruningModifier": _constant_pruning(family)}}
@@ -126,7 +128,7 @@ def _constant_pruning(family: Family) -> ConstantPruningModifier:
     return ConstantPruningModifier(targets=[_linears_target(family)], start=0.0)
 
 
-def _quantization_group(decoder: Decoder, quant: Precision) -> dict[str, dict[str, Modifier]]:
+def _quantization_group(quant: Precision, group_size: int) -> dict[str, dict[str, Modifier]]:
     """Symmetric weights, so that a zero stays zero: int8 per channel and token, or int4 in groups."""
     if quant == "fp32":
         return {}
@@ -142,15 +144,15 @@ def _quantization_group(decoder: Decoder, quant: Precision) -> dict[str, dict[st
         scheme = QuantizationScheme(
             targets=["Linear"],
             weights=QuantizationArguments(
-                num_bits=4, type="int", symmetric=True, strategy="group", group_size=_group_size(decoder)
+                num_bits=4, type="int", symmetric=True, strategy="group", group_size=group_size
             ),
         )
     modifier = QuantizationModifier(config_groups={"group_0": scheme})
     return {"quantization_modifiers": {"QuantizationModifier": modifier}}
 
 
-def _group_size(decoder: Decoder) -> int:
-    """The largest usual group that divides the inputs of every layer, as the tools ask for."""
+def group_size_of(decoder: Decoder) -> int:
+    """The largest usual group that divides the inputs of every layer, as the tools demand of int4."""
     inputs = math.gcd(decoder.hidden, decoder.intermediate, decoder.heads * decoder.head_dim)
     return next((size for size in (128, 64, 32) if inputs % size == 0), math.gcd(inputs, 128))
 

@@ -16,6 +16,7 @@ from dlp_deploy.errors import UserError
 from dlp_deploy.families import Decoder, decoder_of
 from dlp_deploy.recipes.plan import (
     check_recipe,
+    group_size_of,
     plan_of,
     recipe_from_pruning,
     sparsities_of,
@@ -130,7 +131,7 @@ def test_any_recipe_survives_a_round_trip(content, other):
 @pytest.mark.parametrize("quant", ["fp32", "int8", "int4"])
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt", "magnitude"])
 def test_recipe_of_a_pruning_asks_for_that_pruning(tmp_path, decoder, method, quant):
-    recipe = recipe_from_pruning(pruning(method), decoder, quant)
+    recipe = recipe_from_pruning(pruning(method), decoder.family, quant)
     write_recipe(tmp_path / "recipe.yaml", recipe, "made\nby a test")
     read = read_recipe(tmp_path / "recipe.yaml")
     assert read == recipe
@@ -144,14 +145,14 @@ def test_recipe_of_a_pruning_asks_for_that_pruning(tmp_path, decoder, method, qu
 
 
 def test_n_of_m_pruning_comes_back_as_such(decoder):
-    recipe = recipe_from_pruning(pruning(pattern="2:4"), decoder)
+    recipe = recipe_from_pruning(pruning(pattern="2:4"), decoder.family)
     plan = plan_of(recipe, decoder)
     assert plan.pattern == "2:4"
     assert plan.sparsities == (0.5, 0.5, 0.5)
 
 
 def test_mixed_n_of_m_has_an_n_for_each_block(decoder):
-    recipe = recipe_from_pruning(pruning(pattern="N:8"), decoder)
+    recipe = recipe_from_pruning(pruning(pattern="N:8"), decoder.family)
     structures = [
         modifier.mask_structure for *_, modifier in recipe.modifiers() if hasattr(modifier, "sparsity")
     ]
@@ -162,19 +163,19 @@ def test_mixed_n_of_m_has_an_n_for_each_block(decoder):
 
 
 def test_int4_groups_divide_every_input(decoder):
-    recipe = recipe_from_pruning(pruning(), decoder, "int4")
+    recipe = recipe_from_pruning(pruning(), decoder.family, "int4", group_size_of(decoder))
     modifier = next(modifier for _, kind, modifier in recipe.modifiers() if kind == "QuantizationModifier")
     assert modifier.config_groups["group_0"].weights.group_size == 8  # of 16 and 24 inputs
 
 
 def test_structures_are_never_bare_in_the_file(decoder):
     """A bare 2:4 is the number 124 to YAML 1.1."""
-    text = recipe_yaml(recipe_from_pruning(pruning(pattern="2:4"), decoder))
+    text = recipe_yaml(recipe_from_pruning(pruning(pattern="2:4"), decoder.family))
     assert "mask_structure: '2:4'" in text
 
 
 def test_every_linear_gets_its_sparsity(decoder):
-    asked = weight_sparsities(recipe_from_pruning(pruning(), decoder), decoder)
+    asked = weight_sparsities(recipe_from_pruning(pruning(), decoder.family), decoder)
     assert len(asked) == 3 * 7
     assert asked["model.layers.1.mlp.down_proj"] == pytest.approx(0.7)
     assert "lm_head" not in asked
@@ -400,7 +401,7 @@ def test_missing_and_binary_files_are_refused(tmp_path):
 
 
 def test_show_names_what_matters(decoder):
-    text = recipe_text(recipe_from_pruning(pruning(), decoder, "int8"))
+    text = recipe_text(recipe_from_pruning(pruning(), decoder.family, "int8"))
     assert "3 sparsities, mean 0.7000, from 0.6000 to 0.8000" in text
     assert "weights int8 per channel, activations int8 per token" in text
     assert "zeros stay zero" in text
