@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 
+from .checkpoint import safetensors_entries
 from .errors import UserError, first_line
 
 Part = Literal["calibration", "evaluation"]
@@ -69,6 +70,11 @@ def evaluation_windows(spec: str, tokenizer: Any, count: int | None, seqlen: int
     return _token_windows([tokens[start : start + seqlen] for start in starts], spec, 0)
 
 
+def stored_windows(path: Path, source: str, seed: int) -> TokenWindows:
+    """Windows whose ids were written to a safetensors file as "ids"."""
+    return _token_windows(safetensors_entries(path)["ids"].read(), source, seed)
+
+
 def _check_sizes(nsamples: int, seqlen: int) -> None:
     if nsamples < 1 or seqlen < 2:
         raise UserError(f"{nsamples} windows of {seqlen} tokens are too few; the least is 1 window of 2")
@@ -87,8 +93,8 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def _token_windows(windows: list[list[int]], source: str, seed: int) -> TokenWindows:
-    ids = torch.tensor(windows, dtype=torch.int64)
+def _token_windows(windows: list[list[int]] | torch.Tensor, source: str, seed: int) -> TokenWindows:
+    ids = torch.as_tensor(windows, dtype=torch.int64)
     return TokenWindows(ids, source, seed, hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest())
 
 

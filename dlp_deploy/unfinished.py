@@ -1,0 +1,110 @@
+"""The folder of a run that is not finished: begun, locked, resumed, and given its name in the end."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from .artifact import CHECKPOINT, MANIFEST
+from .errors import UserError
+from .journal import Journal
+from .storage import partial_folder, replace_folder, sync_folder, write_json
+
+JOURNAL = "journal.jsonl"
+SETTINGS = "settings.json"
+LOCK = ".lock"
+WORK = "work"
+
+
+def work_folder(partial: Path) -> Path:
+    """Below the growing artifact: what is needed only until the run is done."""
+    return partial / WORK
+
+
+@contextmanager
+def unfinished_run(final: Path, settings: dict[str, Any], resume: bool, force: bool) -> Iterator[Path | None]:
+    """Yield the folder in which `final` grows, and move it to `final` when the body succeeds.
+
+    With `resume`, a folder in which blocks are finished is taken as it is; None is yielded when nothing is
+    left to do. `settings` are what the result depends on. Raises UserError when an unfinished run is in
+    the way, was begun with other settings, or is still running.
+    """
+    partial = partial_folder(final)
+    with _locked(partial):
+        if resume and (partial / MANIFEST).is_file():
+            yield None
+        else:
+            _begin(partial, settings, resume, force)
+            with _removed_if_nothing_finished(partial):
+                yield partial
+        shutil.rmtree(work_folder(partial), ignore_errors=True)
+        (partial / LOCK).unlink(missing_ok=True)
+        replace_folder(partial, final)
+
+
+@contextmanager
+def _locked(partial: Path) -> Iterator[None]:
+    partial.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(partial / LOCK, timeout=0):
+            yield
+    except Timeout:
+        raise UserError(
+            f"another run is writing to {partial}; wait for it, or give another --output"
+        ) from None
+
+
+def _begin(partial: Path, settings: dict[str, Any], resume: bool, force: bool) -> None:
+    """Fill the folder of a new run, or check that the blocks found in it are of the same run."""
+    stored = work_folder(partial) / SETTINGS
+    if _finished_any_block(partial):
+        if resume:
+            _check_same(json.loads(stored.read_text(encoding="utf-8")), settings, partial)
+            return
+        if not force:
+            raise UserError(
+                f"{partial} holds an unfinished run; add --resume to go on, or --force to drop it"
+            )
+    _clear(partial)
+    (partial / CHECKPOINT).mkdir()
+    work_folder(partial).mkdir()
+    write_json(stored, settings)
+    sync_folder(partial)
+
+
+def _finished_any_block(partial: Path) -> bool:
+    return Journal(work_folder(partial) / JOURNAL).any_block()
+
+
+def _check_same(before: dict[str, Any], now: dict[str, Any], partial: Path) -> None:
+    for name, value in now.items():
+        if before.get(name) != value:
+            raise UserError(
+                f"{partial} was begun with {name} {before.get(name)}, now it is {value}; "
+                "resume with the same, or start over with --force"
+            )
+
+
+def _clear(partial: Path) -> None:
+    for path in partial.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
+
+
+@contextmanager
+def _removed_if_nothing_finished(partial: Path) -> Iterator[None]:
+    """Leave no folder behind a run that ended before its first block, such as one with a wrong option."""
+    try:
+        yield
+    except BaseException:
+        if not _finished_any_block(partial):
+            shutil.rmtree(partial)
+        raise
