@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import sys
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["NM_DISABLE_ANALYTICS"] = "1"
@@ -23,23 +24,17 @@ class SparseML:
         from sparseml.core.framework import Framework
         from sparseml.core.recipe import Recipe
 
-        recipe = Recipe.create_instance(path)
-        # Creating the modifiers, too, checks every field.
-        return [
-            type(modifier).__name__.replace("PyTorch", "")
-            for stage in recipe.create_modifier(Framework.pytorch)
-            for modifier in stage.modifiers
-        ]
+        # Creating the modifiers checks every field.
+        stages = Recipe.create_instance(path).create_modifier(Framework.pytorch)
+        modifiers = (modifier for stage in stages for modifier in stage.modifiers)
+        return [type(modifier).__name__.replace("PyTorch", "") for modifier in modifiers]
 
-    def run(self, model, recipe, windows):
-        if "MagnitudePruningModifier" in self.parse(recipe):
-            self._train_without_learning(model, recipe)
-            return
+    def oneshot(self, model, recipe, windows):
         from sparseml.transformers import oneshot
 
         oneshot(
             model=model,
-            tokenizer=_tokenizer(model),
+            tokenizer=_tokenizer(),
             dataset=_dataset(windows),
             recipe=recipe,
             num_calibration_samples=len(windows),
@@ -51,27 +46,21 @@ class SparseML:
             output_dir="oneshot",
         )
 
-    def _train_without_learning(self, model, recipe):
-        """SparseML prunes by magnitude only in training: one step of it, at a learning rate of zero."""
-        import torch
+    def training_session(self, model, recipe, stage):
         from sparseml.core import session
         from sparseml.core.framework import Framework
 
         session.initialize(
             framework=Framework.pytorch,
             recipe=recipe,
+            recipe_stage=stage.removesuffix("_stage"),
             model=model,
+            optimizer=_optimizer(model),
             start=0.0,
             steps_per_epoch=1,
             copy_data=False,
-            optimizer=torch.optim.SGD(model.parameters(), lr=0.0),
         )
-        session.callbacks.batch_start(batch_data=torch.zeros(1))
-        session.callbacks.loss_calculated(loss=torch.zeros(1))
-        session.callbacks.optim_pre_step()
-        session.callbacks.optim_post_step()
-        session.callbacks.batch_end()
-        session.finalize()
+        return session.callbacks, session.finalize
 
 
 class LLMCompressor:
@@ -82,12 +71,12 @@ class LLMCompressor:
 
         return [type(modifier).__name__ for modifier in Recipe.create_instance(path).modifiers]
 
-    def run(self, model, recipe, windows):
+    def oneshot(self, model, recipe, windows):
         from llmcompressor import oneshot
 
         oneshot(
             model=model,
-            tokenizer=_tokenizer(model),
+            tokenizer=_tokenizer(),
             dataset=_dataset(windows),
             recipe=recipe,
             num_calibration_samples=len(windows),
@@ -96,8 +85,52 @@ class LLMCompressor:
             batch_size=1,
         )
 
+    def training_session(self, model, recipe, stage):
+        from llmcompressor.core import active_session, callbacks
+
+        session = active_session()
+        session.initialize(
+            recipe=recipe,
+            recipe_stage=stage,
+            model=model,
+            optimizer=_optimizer(model),
+            start=0.0,
+            steps_per_epoch=1,
+            copy_data=False,
+        )
+        return callbacks, session.finalize
+
 
 TOOLS: dict = {"sparseml": SparseML, "llmcompressor": LLMCompressor}
+
+
+def _train_without_learning(tool, model, recipe, stage):
+    """Both tools prune by magnitude only while they train: one step, at a learning rate of zero."""
+    import torch
+
+    callbacks, finalize = tool.training_session(model, recipe, stage)
+    callbacks.batch_start(batch_data=torch.zeros(1))
+    callbacks.loss_calculated(loss=torch.zeros(1))
+    callbacks.optim_pre_step()
+    callbacks.optim_post_step()
+    callbacks.batch_end()
+    finalize()
+
+
+def _magnitude_stage(recipe):
+    """Name of the stage that prunes by magnitude, or None. It must run before, not beside, fine-tuning."""
+    import yaml
+
+    for name, stage in yaml.safe_load(Path(recipe).read_text(encoding="utf-8")).items():
+        if name.endswith("_stage") and any("MagnitudePruningModifier" in group for group in stage.values()):
+            return name
+    return None
+
+
+def _optimizer(model):
+    import torch
+
+    return torch.optim.SGD(model.parameters(), lr=0.0)
 
 
 def _dataset(windows):
@@ -109,7 +142,7 @@ def _dataset(windows):
     )
 
 
-def _tokenizer(model):
+def _tokenizer():
     """The tools insist on a tokenizer, though the windows are tokens already."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
@@ -125,9 +158,13 @@ def run(tool, checkpoint, recipe, windows_file, output):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(checkpoint, torch_dtype=torch.float32)
-    tool.run(model, recipe, np.load(windows_file))
+    stage = _magnitude_stage(recipe)
+    if stage:
+        _train_without_learning(tool, model, recipe, stage)
+    else:
+        tool.oneshot(model, recipe, np.load(windows_file))
     weights = {
-        f"{name}.weight": module.weight.detach().float().contiguous().clone()
+        f"{name}.weight": module.weight.detach().float().clone()
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear)
     }
@@ -148,8 +185,7 @@ def main():
         run(tool, options.checkpoint, options.recipe, options.windows, options.output)
     else:
         # The tools print on stdout, where the answer must stand alone.
-        answer = sys.stdout
-        sys.stdout = sys.stderr
+        answer, sys.stdout = sys.stdout, sys.stderr
         print(json.dumps([tool.parse(recipe) for recipe in options.recipes]), file=answer)
 
 

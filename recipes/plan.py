@@ -72,8 +72,9 @@ def _blocks_target(family: Family) -> str:
 
 
 def _linears_target(family: Family, block: str = r"\d+") -> str:
+    """SparseML looks for the weight's name, llm-compressor for the module's; neither may find the bias."""
     last_names = dict.fromkeys(linear.rpartition(".")[2] for linear in family.linears)
-    return rf"re:{family.blocks}.{block}\..*({'|'.join(last_names)}).weight"
+    return rf"re:{family.blocks}.{block}\..*({'|'.join(last_names)})(\.weight)?$"
 
 
 def _one_shot_groups(
