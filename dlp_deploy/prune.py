@@ -47,6 +47,11 @@ class Plan:
     sparsity: float
     sparsities: tuple[float, ...] = ()
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether activations are needed, for scores or for masks."""
+        return self.statistic is not None or method_named(self.method).inputs != "nothing"
+
 
 @dataclass(frozen=True)
 class Text:
@@ -91,7 +96,7 @@ def prune(
     decoder = decoder_of(load_config(files))
     plan = _plan(decoder, sparsity, method, allocation, alpha, statistic, pattern, recipe)
     text = Text(calib, nsamples, seqlen, seed)
-    if seqlen > decoder.max_positions:
+    if plan.reads_text and seqlen > decoder.max_positions:
         raise UserError(f"--seqlen {seqlen} is longer than the {decoder.max_positions} positions of {model}")
     final = Path(output) if output is not None else ARTIFACTS / _folder_name(files, plan)
     refuse_existing(final, force)
@@ -174,8 +179,7 @@ def _execute(files: ModelFiles, plan: Plan, text: Text, partial: Path, device: s
     method = method_named(plan.method)
     journal = Journal(work_folder(partial) / JOURNAL)
     model = BlockModel(files, open_checkpoint(files), device)
-    reads_text = plan.statistic is not None or method.inputs != "nothing"
-    windows = _windows(files, text, partial) if reads_text else None
+    windows = _windows(files, text, partial) if plan.reads_text else None
     ids = None if windows is None else windows.ids
     run = Run(model, method, parse_pattern(plan.pattern), ids, partial, journal)
     _note_resumption(run)

@@ -1,9 +1,7 @@
 from __future__ import annotations
 
 import json
-import resource
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,20 +13,11 @@ from dlp_deploy.checkpoint import Checkpoint, open_checkpoint, shard_name, write
 from dlp_deploy.errors import UserError
 from dlp_deploy.models import resolve_model
 
+from .limits import file_size_limit
+
 
 def opened(folder: Path) -> Checkpoint:
     return open_checkpoint(resolve_model(str(folder)))
-
-
-@contextmanager
-def file_size_limit(size: int) -> Iterator[None]:
-    """Let the system refuse larger files, as a full disk would."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture
