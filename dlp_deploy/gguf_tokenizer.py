@@ -17,6 +17,8 @@ from .errors import UserError
 from .gguf_model import metadata
 
 CONTROL, USER_DEFINED = 3, 4
+# What decoders take; the default adds token_type_ids, which they refuse.
+MODEL_INPUTS = ["input_ids", "attention_mask"]
 
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -32,7 +34,9 @@ def gguf_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     """
     special = _special_tokens(path)
     if metadata(path, "tokenizer.ggml.model") == "gpt2":
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=_byte_level_bpe(path, special), **special)
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=_byte_level_bpe(path, special), model_input_names=MODEL_INPUTS, **special
+        )
     else:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         tokenizer.add_special_tokens(special)

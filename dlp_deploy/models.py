@@ -174,8 +174,8 @@ def load_tokenizer(files: ModelFiles) -> Any:
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Write a fast tokenizer so that old releases read it too.
 
-    BPE merges become "a b" strings, as tokenizers before 0.20 know no pairs, and the class is one that
-    every release of transformers has.
+    BPE merges become "a b" strings, as tokenizers before 0.20 know no pairs, the class is one that every
+    release of transformers has, and the chat template is where they all look for it.
     """
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer.json"
@@ -187,4 +187,8 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     settings_path = folder / "tokenizer_config.json"
     settings = json.loads(settings_path.read_text(encoding="utf-8"))
     if settings.get("tokenizer_class") == "TokenizersBackend":
-        write_json(settings_path, settings | {"tokenizer_class": "PreTrainedTokenizerFast"})
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(tokenizer.chat_template, str):
+        settings["chat_template"] = tokenizer.chat_template
+        (folder / "chat_template.jinja").unlink(missing_ok=True)
+    write_json(settings_path, settings)
