@@ -1,0 +1,62 @@
+"""The engines that can be measured: one file each, found by looking into this folder.
+
+An engine is a description (`ENGINE`) and a worker module, which runs in the engine's own
+environment. Adding one is adding a file here and its worker beside the others.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+
+from ...errors import UserError
+
+LOCKS = Path(__file__).resolve().parent.parent / "locks"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What is needed to install and start an engine.
+
+    `worker` is a module of dlp_deploy.bench.workers, or the path of a .py file. `reads` is the sub
+    folder of an artifact that holds what it loads. With `lock`, a file of pinned requirements, it
+    lives in an environment of its own on one of the `pythons` (best first); without, it runs in the
+    main environment, where `modules` must be importable. `before` lists what is installed ahead of
+    the lock and without hashes: packages whose builds differ from index to index. An engine without
+    `precisions` does not decode: it runs recipes.
+    """
+
+    name: str
+    title: str
+    worker: str
+    reads: str
+    precisions: tuple[str, ...]
+    licence: str
+    modules: tuple[str, ...]
+    lock: Path | None = None
+    before: Path | None = None
+    pythons: tuple[tuple[int, int], ...] = ()
+    download_mb: int = 0
+    notes: tuple[str, ...] = ()
+
+
+@cache
+def engines() -> dict[str, Engine]:
+    """All engines by name, in the order of their names."""
+    modules = sorted(info.name for info in pkgutil.iter_modules(__path__))
+    found = [importlib.import_module(f"{__name__}.{module}").ENGINE for module in modules]
+    return {engine.name: engine for engine in found}
+
+
+def engine_named(name: str) -> Engine:
+    """The engine called `name`. Raises UserError that lists the engines there are."""
+    found = engines().get(name)
+    if found is None:
+        near = get_close_matches(name, engines(), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"there is no engine {name!r}{hint} Engines are: {', '.join(engines())}")
+    return found

@@ -1,0 +1,20 @@
+from __future__ import annotations
+
+from . import LOCKS, Engine
+
+ENGINE = Engine(
+    name="deepsparse",
+    title="DeepSparse 1.8.0",
+    worker="deepsparse",
+    reads="deepsparse",
+    precisions=("fp32", "int8", "int4"),
+    licence="Neural Magic DeepSparse Community License (not open source)",
+    modules=("deepsparse",),
+    lock=LOCKS / "deepsparse.txt",
+    pythons=((3, 11), (3, 10), (3, 9)),
+    download_mb=190,
+    notes=(
+        "DeepSparse was retired in June 2025; 1.8.0 is its last release.",
+        "It has no 4-bit kernel: int4 weights are held in int8 and run at int8 speed.",
+    ),
+)

@@ -1,0 +1,14 @@
+from __future__ import annotations
+
+from . import Engine
+
+ENGINE = Engine(
+    name="onnxruntime",
+    title="ONNX Runtime",
+    worker="onnxruntime",
+    reads="onnxruntime",
+    precisions=("fp32", "int8", "int4"),
+    licence="MIT",
+    modules=("onnxruntime",),
+    notes=("It has no sparse kernels: zeros cost as much as any other weight.",),
+)

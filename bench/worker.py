@@ -1,0 +1,221 @@
+"""The bench's side of a worker process: start it, ask it, and say clearly how it died.
+
+An engine that aborts, as DeepSparse's compiler does on what it cannot take, ends its own process and
+no other; what it wrote last becomes the error.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import socket
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import numpy as np
+
+from .engines import Engine
+from .environments import clean_environment, interpreter
+from .workers import __file__ as _workers_file
+from .workers import frames
+
+WORKERS = Path(_workers_file).parent
+# Generous: compiling a 7B model takes minutes. A worker that is still busy after this long hangs.
+TIME_LIMIT_S = 3600.0
+_TELLING = re.compile(r"assert|error|exception|terminate|abort|cannot|failed", re.IGNORECASE)
+
+
+class WorkerError(RuntimeError):
+    """An engine failed, died or hung. The message is one line; `log` holds its last lines."""
+
+    def __init__(self, message: str, log: str = "") -> None:
+        super().__init__(message)
+        self.log = log
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Greedy decoding of one prompt: time to the first token, time of each later one, and the tokens."""
+
+    ttft_ms: float
+    samples_ms: tuple[float, ...]
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Resident memory (peak and present) and processor seconds of the worker process alone."""
+
+    peak_rss_bytes: int
+    rss_bytes: int
+    cpu_s: float
+
+
+class EngineWorker:
+    """One engine in a process of its own, pinned to the cores asked for. Use as a context manager."""
+
+    def __init__(
+        self, engine: Engine, process: subprocess.Popen[bytes], connection: socket.socket, log: IO[bytes]
+    ) -> None:
+        self.engine = engine
+        self.pid = process.pid
+        self.versions: dict[str, str] = {}
+        self._process, self._connection, self._log = process, connection, log
+
+    @classmethod
+    def spawn(cls, engine: Engine, cores: Sequence[int], time_limit_s: float = TIME_LIMIT_S) -> EngineWorker:
+        """Start a worker. `cores` are logical CPU numbers, one thread each.
+
+        Raises UserError when the engine is not installed, WorkerError when it does not start.
+        """
+        python = interpreter(engine)
+        ours, theirs = socket.socketpair()
+        log = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the worker)
+        command = [str(python), str(WORKERS), engine.worker, ",".join(map(str, cores))]
+        with theirs:
+            # A session of its own: Ctrl-C reaches us alone, and we close the worker.
+            process = subprocess.Popen(
+                command,
+                stdin=theirs.fileno(),
+                stdout=log,
+                stderr=log,
+                env=_environment(len(cores)),
+                start_new_session=True,
+            )
+        ours.settimeout(time_limit_s)
+        worker = cls(engine, process, ours, log)
+        try:
+            worker.versions = worker._receive("starting")[0]["versions"]
+        except BaseException:
+            worker.close()
+            raise
+        return worker
+
+    def load(self, model: Path, context: int, prompt: int) -> float:
+        """Load a graph (or a checkpoint folder) and return the seconds it took.
+
+        The KV cache has room for `context` positions, of which the last is that of the last token
+        generated; prompts are of `prompt` tokens. With prompt 0 only `window_nll` can be asked.
+        """
+        body, _ = self._ask("load", model=str(model.resolve()), context=context, prompt=prompt)
+        return float(body["load_s"])
+
+    def restart(self) -> None:
+        """Empty the KV cache."""
+        self._ask("restart")
+
+    def extend(self, ids: np.ndarray) -> np.ndarray:
+        """Append ids int64 [n] to the KV cache; the logits of the last one, float32 [vocabulary]."""
+        return self._ask("extend", {"ids": ids})[1]["logits"]
+
+    def logits(self, ids: np.ndarray, prompt: int) -> np.ndarray:
+        """Read ids[:prompt] at once and the rest token by token through the KV cache.
+
+        ids int64 [n] -> float32 [n - prompt + 1, vocabulary], the logits after the prompt and after
+        each later token.
+        """
+        return self._ask("logits", {"ids": ids}, prompt=prompt)[1]["logits"]
+
+    def window_nll(self, windows: np.ndarray) -> np.ndarray:
+        """Negative log-likelihood in nats of each next token; int64 [n, L] -> float32 [n, L - 1]."""
+        return self._ask("window_nll", {"windows": windows})[1]["nll"]
+
+    def generate(self, ids: np.ndarray, new_tokens: int) -> Generation:
+        """Greedy decoding of `new_tokens` tokens.
+
+        The last tokens of ids int64 [n], as many as `load` was told, are the timed prompt; those
+        before fill the KV cache untimed.
+        """
+        body, _ = self._ask("generate", {"ids": ids}, new_tokens=new_tokens)
+        return Generation(body["ttft_ms"], tuple(body["samples_ms"]), tuple(body["tokens"]))
+
+    def memory(self) -> Usage:
+        return Usage(**self._ask("memory")[0])
+
+    def close(self) -> None:
+        """End the worker; harmless when it is gone."""
+        self._connection.close()
+        try:
+            self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._log.close()
+
+    def __enter__(self) -> EngineWorker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _ask(
+        self, call: str, arrays: dict[str, np.ndarray] | None = None, **arguments: Any
+    ) -> tuple[dict[str, Any], frames.Arrays]:
+        try:
+            frames.send(self._connection, {"call": call, "arguments": arguments}, arrays)
+        except TimeoutError:
+            raise self._hung(call) from None
+        except OSError:
+            raise self._died(call) from None
+        return self._receive(call)
+
+    def _receive(self, doing: str) -> tuple[dict[str, Any], frames.Arrays]:
+        try:
+            body, arrays = frames.receive(self._connection)
+        except TimeoutError:
+            raise self._hung(doing) from None
+        except (EOFError, OSError):
+            raise self._died(doing) from None
+        if "error" in body:
+            raise WorkerError(f"{self.engine.name} ({doing}): {body['error']}", self._last_lines())
+        return body, arrays
+
+    def _hung(self, doing: str) -> WorkerError:
+        limit = self._connection.gettimeout()
+        self._process.kill()
+        return WorkerError(
+            f"{self.engine.name} ({doing}) gave no answer for {limit:g} s and was ended{self._last_words()}",
+            self._last_lines(),
+        )
+
+    def _died(self, doing: str) -> WorkerError:
+        # The socket closes a moment before the process is gone.
+        try:
+            status = self._process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            status = self._process.wait()
+        how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+        if status == -signal.SIGKILL:
+            how += " (was there enough memory?)"
+        return WorkerError(f"{self.engine.name} ({doing}) {how}{self._last_words()}", self._last_lines())
+
+    def _last_lines(self, count: int = 40) -> str:
+        self._log.seek(0)
+        return "\n".join(self._log.read().decode(errors="replace").splitlines()[-count:])
+
+    def _last_words(self) -> str:
+        """The line of the log that says most: engines print long backtraces after it."""
+        lines = [line.strip() for line in self._last_lines(200).splitlines() if line.strip()]
+        telling = [line for line in lines if _TELLING.search(line)] or lines[-1:]
+        return f"; its last words: {telling[0][:300]}" if telling else ""
+
+
+def _environment(threads: int) -> dict[str, str]:
+    """Thread counts that agree with the cores, for engines that read them from variables only."""
+    return {
+        **clean_environment(),
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "OPENBLAS_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }

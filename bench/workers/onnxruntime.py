@@ -1,0 +1,83 @@
+"""ONNX Runtime at its best for decoding: the KV cache lives in one buffer per layer and side, bound
+as both past and present, so that no token copies it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import onnxruntime as ort
+
+# Longer prompts are read in steps, so that the logits of all positions, which the graph returns,
+# stay small.
+PROMPT_STEP = 512
+
+
+class Session:
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self.versions = {"onnxruntime": ort.__version__, "numpy": np.__version__}
+
+    def load(self, model: str, context: int, prompt: int) -> None:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        # Threads spin between operators of a run but not between runs, when others are measured.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        self._cache = _Cache(self._session, context if prompt else 0)
+        self._window_cache = _Cache(self._session, 0)
+
+    def restart(self) -> None:
+        self._cache.restart()
+
+    def extend(self, ids: np.ndarray) -> np.ndarray:
+        for start in range(0, len(ids), PROMPT_STEP):
+            logits = self._cache.extend(ids[start : start + PROMPT_STEP])
+        return logits[-1]
+
+    def windows(self, ids: np.ndarray) -> Iterator[np.ndarray]:
+        if self._window_cache.length < len(ids):
+            self._window_cache = _Cache(self._session, len(ids))
+        self._window_cache.restart()
+        for start in range(0, len(ids), PROMPT_STEP):
+            yield self._window_cache.extend(ids[start : start + PROMPT_STEP])
+
+
+class _Cache:
+    """Keys and values of up to `length` positions, and the bindings that share them with the graph."""
+
+    def __init__(self, session: ort.InferenceSession, length: int) -> None:
+        self._session, self.length = session, length
+        self._binding = session.io_binding()
+        self._mask = np.ones((1, length), dtype=np.int64)
+        self._buffers = []
+        presents = {output.name for output in session.get_outputs()} - {"logits"}
+        for past in session.get_inputs():
+            if not past.name.startswith("past_key_values."):
+                continue
+            _, heads, _, head_dim = past.shape
+            dtype = np.float16 if past.type == "tensor(float16)" else np.float32
+            buffer = ort.OrtValue.ortvalue_from_numpy(np.zeros((1, heads, length, head_dim), dtype=dtype))
+            present = past.name.replace("past_key_values.", "present.")
+            if present not in presents:
+                raise ValueError(f"the graph has {past.name} but no output {present}")
+            self._binding.bind_ortvalue_input(past.name, buffer)
+            self._binding.bind_ortvalue_output(present, buffer)
+            self._buffers.append(buffer)
+        self.restart()
+
+    def restart(self) -> None:
+        self.done = 0
+
+    def extend(self, ids: np.ndarray) -> np.ndarray:
+        """Logits float32 [n, vocabulary] of ids int64 [n] after the cached positions."""
+        self.done += len(ids)
+        if self.done > self.length:
+            raise ValueError(f"{self.done} tokens do not fit in a context of {self.length}")
+        self._binding.bind_cpu_input("input_ids", ids[None])
+        self._binding.bind_cpu_input("attention_mask", self._mask[:, : self.done])
+        self._binding.bind_output("logits", "cpu")
+        self._session.run_with_iobinding(self._binding)
+        return self._binding.get_outputs()[-1].numpy()[0]
