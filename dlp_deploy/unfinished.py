@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from .artifact import CHECKPOINT, MANIFEST
 from .errors import UserError
 from .journal import Journal
-from .storage import partial_folder, replace_folder, sync_folder, write_json
+from .storage import PARTIAL_SUFFIX, partial_folder, replace_folder, sync_folder, write_json
 
 JOURNAL = "journal.jsonl"
 SETTINGS = "settings.json"
@@ -66,6 +66,7 @@ def _begin(partial: Path, settings: dict[str, Any], resume: bool, force: bool) -
     if _finished_any_block(partial):
         if resume:
             _check_same(json.loads(stored.read_text(encoding="utf-8")), settings, partial)
+            _remove_half_written(partial)
             return
         if not force:
             raise UserError(
@@ -89,6 +90,12 @@ def _check_same(before: dict[str, Any], now: dict[str, Any], partial: Path) -> N
                 f"{partial} was begun with {name} {before.get(name)}, now it is {value}; "
                 "resume with the same, or start over with --force"
             )
+
+
+def _remove_half_written(partial: Path) -> None:
+    """A killed process could not remove the temporary file that it was writing."""
+    for path in partial.rglob(f".*{PARTIAL_SUFFIX}"):
+        path.unlink()
 
 
 def _clear(partial: Path) -> None:

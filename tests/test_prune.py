@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dlp_deploy import allocation as allocations
 from dlp_deploy.allocation import ALLOCATIONS, Allocation
-from dlp_deploy.artifact import Manifest, check_files, read_manifest
+from dlp_deploy.artifact import Manifest, check_files, list_files, read_manifest
 from dlp_deploy.calibration import calibration_windows
 from dlp_deploy.checkpoint import open_checkpoint
 from dlp_deploy.errors import UserError
@@ -41,13 +41,10 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return {name: checkpoint.tensor(name) for name in checkpoint.names()}
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    """The bytes of all files but the manifest."""
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file() and path.name != "manifest.json"
-    }
+def assert_same_contents(folder: Path, other: Path) -> None:
+    """All files but the manifest are the same to the bit."""
+    digests = [{file.path: file.sha256 for file in list_files(each)} for each in (folder, other)]
+    assert digests[0] == digests[1]
 
 
 @pytest.mark.parametrize("kind", sorted(TINY_CONFIGS))
@@ -240,20 +237,31 @@ def test_a_new_allocation_needs_no_other_change(
     np.testing.assert_allclose(asked, [0.7, 0.6, 0.5])
 
 
-KILLED_RUN = """
+KILLED_RUNS = """
 import os, signal, sys
-from dlp_deploy.prune import prune
+from dlp_deploy.prune import prune  # once: the processes that are killed are forked from this one
 
-calls, fsync = 0, os.fsync
-def deadly(descriptor):
-    global calls
-    calls += 1
-    if calls == int(sys.argv[3]):
-        os.kill(os.getpid(), signal.SIGKILL)
-    fsync(descriptor)
-os.fsync = deadly
-small = {"calib": "builtin", "nsamples": 5, "seqlen": 48, "sparsity": 0.6}
-prune(sys.argv[1], output=sys.argv[2], method="sparsegpt", resume=True, **small)
+def run(last_call):
+    calls, fsync = 0, os.fsync
+    def deadly(descriptor):
+        nonlocal calls
+        calls += 1
+        if calls == last_call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        fsync(descriptor)
+    os.fsync = deadly
+    small = {"calib": "builtin", "nsamples": 5, "seqlen": 48, "sparsity": 0.6}
+    prune(sys.argv[1], output=sys.argv[2], method="sparsegpt", resume=True, **small)
+
+for last_call in range(10, 60, 2):
+    process = os.fork()
+    if not process:
+        run(last_call)
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    print(status, os.path.exists(sys.argv[2]))
+    if status != -signal.SIGKILL:
+        break
 """
 
 
@@ -264,17 +272,12 @@ def test_killed_again_and_again_it_ends_bit_identical(
     source = str(tiny_checkpoint("llama"))
     whole = prune(source, method="sparsegpt", output=tmp_path / "whole", **SMALL)
     killed = tmp_path / "killed"
-    deaths = 0
-    for last_call in range(12, 60, 3):
-        command = [sys.executable, "-c", KILLED_RUN, source, str(killed), str(last_call)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode == 0:
-            break
-        assert done.returncode == -signal.SIGKILL, done.stderr
-        assert not killed.exists()
-        deaths += 1
-    assert deaths >= 3
-    assert contents(killed) == contents(whole)
+    command = [sys.executable, "-c", KILLED_RUNS, source, str(killed)]
+    *deaths, end = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(deaths) >= 4
+    assert set(deaths) == {f"{-signal.SIGKILL} False"}
+    assert end == "0 True"
+    assert_same_contents(killed, whole)
     before, after = read_manifest(whole), read_manifest(killed)
     assert after.pruning.resumed_from_block
     assert after.pruning.model_copy(update={"resumed_from_block": ()}) == before.pruning
@@ -312,7 +315,7 @@ def test_unfinished_run_is_neither_dropped_nor_mixed_up(
     prune(str(source), output=output, resume=True, **SMALL)
     assert (output / "checkpoint" / first_block.name).stat().st_mtime_ns == written
     assert read_manifest(output).pruning.resumed_from_block == (1,)
-    assert contents(output) == contents(prune(str(source), output=tmp_path / "whole", **SMALL))
+    assert_same_contents(output, prune(str(source), output=tmp_path / "whole", **SMALL))
 
 
 def test_unfinished_run_is_dropped_by_force(
@@ -326,10 +329,10 @@ def test_unfinished_run_is_dropped_by_force(
 def test_stopped_before_the_last_rename(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     source = str(tiny_checkpoint("llama"))
     whole = prune(source, output=tmp_path / "pruned", **SMALL)
-    before = contents(whole)
+    before = list_files(whole)
     whole.rename(tmp_path / "pruned.partial")
     prune(source, output=tmp_path / "pruned", resume=True, **SMALL)
-    assert contents(whole) == before
+    assert list_files(whole) == before
 
 
 def test_two_runs_do_not_write_to_one_folder(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
@@ -377,7 +380,7 @@ def test_full_disk_is_named_and_what_was_finished_is_used(
     with file_size_limit(80_000), pytest.raises(UserError, match=r"no room to write .*model-00002-of-00005"):
         prune(source, output=output, **SMALL)
     prune(source, output=output, resume=True, **SMALL)
-    assert contents(output) == contents(prune(source, output=tmp_path / "whole", **SMALL))
+    assert_same_contents(output, prune(source, output=tmp_path / "whole", **SMALL))
 
 
 @pytest.mark.parametrize(
