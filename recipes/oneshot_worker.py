@@ -1,16 +1,18 @@
-"""Runs a recipe with the tool that it is written for, in that tool's own environment.
+"""Runs recipes with the tool that they are written for, in that tool's own environment.
 
-    python oneshot_worker.py TOOL parse RECIPE...                             kinds of modifiers, as JSON
-    python oneshot_worker.py TOOL run CHECKPOINT RECIPE WINDOWS.npy OUTPUT    weights after the recipe
+    python oneshot_worker.py TOOL CHECKPOINT WINDOWS.npy FOLDER RECIPE...
 
-TOOL is sparseml or llmcompressor. WINDOWS holds the calibration tokens, int64 [n, length]; OUTPUT becomes
-a safetensors file with the float32 weights of the linear layers. Nothing here may import dlp_deploy.
+TOOL is sparseml or llmcompressor. WINDOWS holds the calibration tokens, int64 [n, length]. For each recipe
+FOLDER gets NAME.json with the kinds of its modifiers and the tool's error, if any, and on success
+NAME.safetensors with the float32 weights of the linear layers. Nothing here may import dlp_deploy.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import sys
+import traceback
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -19,6 +21,9 @@ os.environ["NM_DISABLE_ANALYTICS"] = "1"
 
 class SparseML:
     """SparseML 1.8."""
+
+    def load(self):
+        import sparseml.transformers  # noqa: F401
 
     def parse(self, path):
         from sparseml.core.framework import Framework
@@ -65,6 +70,9 @@ class SparseML:
 
 class LLMCompressor:
     """llm-compressor 0.14, SparseML's successor."""
+
+    def load(self):
+        import llmcompressor  # noqa: F401
 
     def parse(self, path):
         from llmcompressor.recipe import Recipe
@@ -151,8 +159,7 @@ def _tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", pad_token="<unk>")
 
 
-def run(tool, checkpoint, recipe, windows_file, output):
-    import numpy as np
+def run(tool, checkpoint, recipe, windows, output):
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
@@ -162,7 +169,7 @@ def run(tool, checkpoint, recipe, windows_file, output):
     if stage:
         _train_without_learning(tool, model, recipe, stage)
     else:
-        tool.oneshot(model, recipe, np.load(windows_file))
+        tool.oneshot(model, recipe, windows)
     weights = {
         f"{name}.weight": module.weight.detach().float().clone()
         for name, module in model.named_modules()
@@ -171,22 +178,38 @@ def run(tool, checkpoint, recipe, windows_file, output):
     save_file(weights, output)
 
 
+def attempt(tool, checkpoint, recipe, windows, folder):
+    """Parse and run one recipe, and write down how that went."""
+    outcome = {"kinds": [], "error": ""}
+    try:
+        outcome["kinds"] = tool.parse(recipe)
+        run(tool, checkpoint, recipe, windows, folder / f"{Path(recipe).stem}.safetensors")
+    except Exception as error:
+        traceback.print_exc()
+        outcome["error"] = f"{type(error).__name__}: {error}"
+    (folder / f"{Path(recipe).stem}.json").write_text(json.dumps(outcome), encoding="utf-8")
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("tool", choices=TOOLS)
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("parse").add_argument("recipes", nargs="+")
-    run_parser = commands.add_parser("run")
-    for name in ("checkpoint", "recipe", "windows", "output"):
-        run_parser.add_argument(name)
+    for name in ("checkpoint", "windows", "folder"):
+        parser.add_argument(name)
+    parser.add_argument("recipes", nargs="+")
     options = parser.parse_args()
+    import numpy as np
+
     tool = TOOLS[options.tool]()
-    if options.command == "run":
-        run(tool, options.checkpoint, options.recipe, options.windows, options.output)
-    else:
-        # The tools print on stdout, where the answer must stand alone.
-        answer, sys.stdout = sys.stdout, sys.stderr
-        print(json.dumps([tool.parse(recipe) for recipe in options.recipes]), file=answer)
+    tool.load()
+    windows = np.load(options.windows)
+    for recipe in options.recipes:
+        # In a fork, as the tools never quite leave a session; their long imports are shared.
+        arguments = (tool, options.checkpoint, recipe, windows, Path(options.folder))
+        child = multiprocessing.get_context("fork").Process(target=attempt, args=arguments)
+        child.start()
+        child.join()
+        if child.exitcode:
+            sys.exit(f"{recipe}: the process died with status {child.exitcode}")
 
 
 if __name__ == "__main__":
