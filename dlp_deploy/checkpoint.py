@@ -110,7 +110,7 @@ def open_checkpoint(files: ModelFiles) -> Checkpoint:
 
 def _gguf(path: Path, decoder: Any) -> Iterator[tuple[str, StoredTensor]]:
     for tensor in gguf_tensors(path, decoder):
-        yield tensor.name, StoredTensor(tensor.shape, torch.float32, path, tensor.read)
+        yield tensor.name, StoredTensor(tensor.info.shape, torch.float32, path, tensor.read)
 
 
 def _folder(folder: Path) -> Iterator[tuple[str, StoredTensor]]:

@@ -9,16 +9,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGUFReader, dequantize
+from gguf import dequantize
 
 from .errors import UserError
 from .families import FAMILIES, Decoder, Family
+from .gguf_header import TensorInfo, read_header
 
 # llama.cpp calls Mistral's architecture "llama" as well: without a sliding window they are one.
 ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
@@ -41,23 +41,9 @@ TOKEN_IDS = {
 }
 
 
-@lru_cache(maxsize=2)
-def read_header(path: Path) -> GGUFReader:
-    """Metadata and tensor table of a GGUF file; cached, as parsing a vocabulary takes seconds."""
-    try:
-        reader = GGUFReader(path)
-    except (ValueError, KeyError, IndexError, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no whole GGUF file ({error}); download it again") from None
-    end = max((tensor.data_offset + tensor.n_bytes for tensor in reader.tensors), default=0)
-    if end > path.stat().st_size:
-        raise UserError(f"{path} is truncated: {path.stat().st_size} of {end} bytes; download it again")
-    return reader
-
-
 def metadata(path: Path, key: str, default: Any = None) -> Any:
     """The value of one metadata key."""
-    field = read_header(path).fields.get(key)
-    return default if field is None else field.contents()
+    return read_header(path).metadata.get(key, default)
 
 
 def gguf_config(path: Path) -> dict[str, Any]:
@@ -68,7 +54,7 @@ def gguf_config(path: Path) -> dict[str, Any]:
             f"{path}: GGUF architecture {architecture!r} is not supported; supported are: "
             + ", ".join(ARCHITECTURES)
         )
-    tensors = {tensor.name for tensor in read_header(path).tensors}
+    tensors = set(read_header(path).tensors)
     _refuse_scaled_rope(path, architecture, tensors)
     config = {name: metadata(path, f"{architecture}.{key}") for key, name in CONFIG_KEYS.items()}
     missing = [key for key, name in CONFIG_KEYS.items() if config[name] is None]
@@ -104,10 +90,10 @@ def _refuse_scaled_rope(path: Path, architecture: str, tensors: set[str]) -> Non
 
 
 def _vocabulary(path: Path) -> int:
-    for tensor in read_header(path).tensors:
-        if tensor.name == "token_embd.weight":
-            return int(tensor.shape[1])
-    raise UserError(f"{path} has no token embedding; it is no whole model")
+    embedding = read_header(path).tensors.get("token_embd.weight")
+    if embedding is None:
+        raise UserError(f"{path} has no token embedding; it is no whole model")
+    return embedding.shape[0]
 
 
 def _shortest_decimal(value: float) -> float:
@@ -120,25 +106,21 @@ class GGUFTensor:
     """One tensor under its Hugging Face name. `heads` > 0: rows of each head are to be un-permuted."""
 
     name: str
-    shape: tuple[int, ...]
     path: Path
-    offset: int
-    bytes: int
-    quantization: Any
-    stored_shape: tuple[int, ...]
+    info: TensorInfo
     heads: int
 
     def read(self) -> torch.Tensor:
         """The dequantized tensor, float32, in Hugging Face layout. Reads these bytes of the file only."""
-        raw = np.fromfile(self.path, dtype=np.uint8, count=self.bytes, offset=self.offset)
-        values = dequantize(_typed(raw, self.quantization.name, self.stored_shape), self.quantization)
-        tensor = torch.from_numpy(np.array(values, dtype=np.float32)).reshape(self.shape)
+        raw = np.fromfile(self.path, dtype=np.uint8, count=self.info.bytes, offset=self.info.offset)
+        rows = raw.reshape(*self.info.shape[:-1], -1)
+        try:
+            values = dequantize(rows, self.info.quantization)
+        except NotImplementedError:
+            kind = self.info.quantization.name
+            raise UserError(f"{self.path}: tensor {self.info.name} is {kind}, which cannot be read") from None
+        tensor = torch.from_numpy(values.astype(np.float32, copy=False)).reshape(self.info.shape)
         return unpermute(tensor, self.heads) if self.heads else tensor
-
-
-def _typed(raw: np.ndarray, quantization: str, stored_shape: tuple[int, ...]) -> np.ndarray:
-    plain = {"F32": np.float32, "F16": np.float16, "F64": np.float64}.get(quantization)
-    return raw.view(plain or np.uint8).reshape(stored_shape)
 
 
 def unpermute(weight: torch.Tensor, heads: int) -> torch.Tensor:
@@ -151,19 +133,11 @@ def unpermute(weight: torch.Tensor, heads: int) -> torch.Tensor:
 def gguf_tensors(path: Path, decoder: Decoder) -> Iterator[GGUFTensor]:
     """The file's tensors under their Hugging Face names. Raises UserError for one that has no such name."""
     permuted = metadata(path, "general.architecture") == "llama"
-    for tensor in read_header(path).tensors:
-        kind = tensor.name.split(".")[-2]
+    for info in read_header(path).tensors.values():
+        kind = info.name.split(".")[-2]
         heads = {"attn_q": decoder.heads, "attn_k": decoder.kv_heads}.get(kind, 0)
-        yield GGUFTensor(
-            name=_hf_name(tensor.name, decoder.family, path),
-            shape=tuple(int(size) for size in reversed(tensor.shape)),
-            path=path,
-            offset=int(tensor.data_offset),
-            bytes=int(tensor.n_bytes),
-            quantization=tensor.tensor_type,
-            stored_shape=tuple(tensor.data.shape),
-            heads=heads if permuted else 0,
-        )
+        name = _hf_name(info.name, decoder.family, path)
+        yield GGUFTensor(name, path, info, heads if permuted else 0)
 
 
 def _hf_name(name: str, family: Family, path: Path) -> str:

@@ -13,6 +13,7 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from dlp_deploy.checkpoint import open_checkpoint
 from dlp_deploy.errors import UserError
+from dlp_deploy.gguf_header import read_header
 from dlp_deploy.models import load_config, load_tokenizer, resolve_model, save_tokenizer
 
 from .gguf_files import write_gguf
@@ -117,6 +118,32 @@ def test_truncated_gguf(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) 
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"tiny\.gguf.*download it again"):
         load_config(resolve_model(str(path)))
+
+
+def test_gguf_header_is_as_the_gguf_package_reads_it(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint("qwen2"))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint("qwen2"))
+    path = write_gguf(tmp_path / "tiny.gguf", model, tokenizer, gguf.GGMLQuantizationType.Q8_0)
+    theirs, ours = gguf.GGUFReader(path), read_header(path)
+    fields = {key: f.contents() for key, f in theirs.fields.items() if not key.startswith("GGUF.")}
+    assert ours.metadata == fields
+    assert {(t.name, t.offset, t.bytes) for t in ours.tensors.values()} == {
+        (t.name, t.data_offset, t.n_bytes) for t in theirs.tensors
+    }
+
+
+@pytest.mark.parametrize("kept_bytes", [4, 7, 20, 30, 1000, 9000])
+def test_gguf_header_cut_anywhere(
+    kept_bytes: int, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint("llama"))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint("llama"))
+    path = write_gguf(tmp_path / "tiny.gguf", model, tokenizer)
+    path.write_bytes(path.read_bytes()[:kept_bytes])
+    with pytest.raises(UserError, match=r"tiny\.gguf is no whole GGUF file"):
+        read_header(path)
 
 
 def test_gguf_tokenizer_is_the_one_it_was_made_from(
