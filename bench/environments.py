@@ -222,7 +222,7 @@ def _install_locked(engine: Engine, python: Path, lock: Path) -> None:
 
 def _pip(engine: Engine, python: Path, arguments: list[str], total: int) -> None:
     """Run pip install, showing each of `total` packages. Raises UserError with pip's reason when it fails."""
-    options = ["--no-input", "--disable-pip-version-check", "--no-compile"]
+    options = ["--no-input", "--disable-pip-version-check"]
     command = [str(python), "-m", "pip", "install", *options, *arguments]
     environment = {**clean_environment(), "PIP_USER": "0"}
     errors = []
