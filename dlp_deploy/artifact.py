@@ -141,11 +141,16 @@ class Manifest(_Stored):
         return None
 
 
-def list_files(folder: Path) -> tuple[StoredFile, ...]:
-    """Size and SHA-256 of every file below `folder` but the manifest, in path order."""
+def list_files(folder: Path, known: Iterable[StoredFile] = ()) -> tuple[StoredFile, ...]:
+    """Size and SHA-256 of every file below `folder` but the manifest, in path order.
+
+    Files that are in `known` are taken from there and not hashed again.
+    """
+    digests = {stored.path: stored for stored in known}
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
     return tuple(
-        StoredFile(path=p.relative_to(folder).as_posix(), bytes=p.stat().st_size, sha256=sha256_file(p))
+        digests.get(p.relative_to(folder).as_posix())
+        or StoredFile(path=p.relative_to(folder).as_posix(), bytes=p.stat().st_size, sha256=sha256_file(p))
         for p in files
     )
 
@@ -158,7 +163,9 @@ def read_manifest(folder: Path) -> Manifest:
     """Read manifest.json. Raises UserError when the folder is no artifact of a known schema."""
     path = folder / MANIFEST
     if not path.is_file():
-        raise UserError(f"{folder} is no artifact (it has no {MANIFEST}); make one with: dlp-deploy prune-export")
+        raise UserError(
+            f"{folder} is no artifact (it has no {MANIFEST}); make one with: dlp-deploy prune-export"
+        )
     try:
         return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
     except ValidationError as error:

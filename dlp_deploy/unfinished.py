@@ -11,7 +11,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from .artifact import CHECKPOINT, MANIFEST
+from .artifact import CHECKPOINT
 from .errors import UserError
 from .journal import Journal
 from .storage import PARTIAL_SUFFIX, partial_folder, replace_folder, sync_folder, write_json
@@ -28,21 +28,18 @@ def work_folder(partial: Path) -> Path:
 
 
 @contextmanager
-def unfinished_run(final: Path, settings: dict[str, Any], resume: bool, force: bool) -> Iterator[Path | None]:
+def unfinished_run(final: Path, settings: dict[str, Any], resume: bool, force: bool) -> Iterator[Path]:
     """Yield the folder in which `final` grows, and move it to `final` when the body succeeds.
 
-    With `resume`, a folder in which blocks are finished is taken as it is; None is yielded when nothing is
-    left to do. `settings` are what the result depends on. Raises UserError when an unfinished run is in
-    the way, was begun with other settings, or is still running.
+    With `resume`, a folder in which blocks are finished is taken as it is. `settings` are what the result
+    depends on. Raises UserError when an unfinished run is in the way, was begun with other settings, or
+    is still running.
     """
     partial = partial_folder(final)
     with _locked(partial):
-        if resume and (partial / MANIFEST).is_file():
-            yield None
-        else:
-            _begin(partial, settings, resume, force)
-            with _removed_if_nothing_finished(partial):
-                yield partial
+        _begin(partial, settings, resume, force)
+        with _removed_if_nothing_finished(partial):
+            yield partial
         shutil.rmtree(work_folder(partial), ignore_errors=True)
         (partial / LOCK).unlink(missing_ok=True)
         replace_folder(partial, final)

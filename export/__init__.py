@@ -1,0 +1,30 @@
+"""Write a checkpoint as ONNX decoder graphs for the engines, and prove that they say the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def export(
+    artifact: str | Path,
+    quant: str = "int8",
+    target: str = "deepsparse,onnxruntime",
+    baseline: str = "fp32",
+    force: bool = False,
+) -> Path:
+    """Add ONNX graphs to an artifact that prune made, and return its folder.
+
+    `quant` lists precisions (fp32, int8, int4), the first being the artifact's own; `target` the
+    engines; `baseline` the precisions of the dense model for ONNX Runtime, or "none". Each graph is
+    checked (structure, zeros, logits against torch) before it gets its final name.
+
+    Raises UserError for unknown names and for graphs that exist, unless `force`.
+    """
+    # Imported here: naming a precision must not cost the import of torch.
+    from .add import add_graphs, remove_graphs
+    from .plan import plan_graphs
+
+    folder, graphs = Path(artifact), plan_graphs(quant, target, baseline)
+    remove_graphs(folder, graphs, force)
+    add_graphs(folder, graphs)
+    return folder

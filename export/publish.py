@@ -42,15 +42,14 @@ COMPANIONS = (
 
 
 @dataclass(frozen=True)
-class Weighed:
+class Source:
     """A checkpoint to export, and what torch says of it (computed when first asked for)."""
 
     files: ModelFiles
-    title: str
 
     @cached_property
     def reference(self) -> Reference:
-        return torch_reference(self.files, self.title)
+        return torch_reference(self.files)
 
 
 def export_graphs(
@@ -61,16 +60,16 @@ def export_graphs(
     `dense` is the unpruned model, needed for baselines only. Raises VerificationError, leaving the
     failing graph without a final name.
     """
-    sources = {False: Weighed(pruned, "Reference logits, pruned model in torch")}
-    if dense is not None:
-        sources[True] = Weighed(dense, "Reference logits, dense model in torch")
+    sources = {False: Source(pruned)} | ({True: Source(dense)} if dense else {})
     return tuple(_export_one(artifact, sources[graph.dense], graph) for graph in graphs)
 
 
-def _export_one(artifact: Path, source: Weighed, graph: Graph) -> Export:
+def _export_one(artifact: Path, source: Source, graph: Graph) -> Export:
     final = artifact / graph.folder
     if (final / RECORD).is_file():
-        return Export.model_validate_json((final / RECORD).read_text(encoding="utf-8"))
+        found = Export.model_validate_json((final / RECORD).read_text(encoding="utf-8"))
+        if found.precision == graph.precision:
+            return found
     folder = partial_folder(final)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -83,7 +82,7 @@ def _export_one(artifact: Path, source: Weighed, graph: Graph) -> Export:
     return export
 
 
-def _write_and_verify(folder: Path, companions: Path, source: Weighed, graph: Graph) -> Export:
+def _write_and_verify(folder: Path, companions: Path, source: Source, graph: Graph) -> Export:
     config = load_config(source.files)
     decoder = decoder_of(config)
     weights = Weights(open_checkpoint(source.files), decoder)

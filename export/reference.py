@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from safetensors.numpy import load_file, save_file
 
 from ..blocks import logits_of
 from ..calibration import evaluation_windows
-from ..checkpoint import open_checkpoint
+from ..families import decoder_of
 from ..models import ModelFiles, load_config, load_tokenizer
 
 REFERENCE_FILE = "reference.safetensors"
@@ -30,19 +29,17 @@ class Reference:
     graph_logits: np.ndarray | None = None
 
 
-def torch_reference(files: ModelFiles, progress_title: str) -> Reference:
+def torch_reference(files: ModelFiles) -> Reference:
     """Logits of a checkpoint in fp32 torch, one decoder block in memory at a time.
 
     The text is the built-in evaluation text, which is never calibrated on: a prompt of 64 tokens and
-    32 more, or half of that where the model's positions end earlier.
+    32 more, or less in that proportion where the model's positions end earlier.
     """
-    config = load_config(files)
-    length = min(PROMPT + DECODED, config.max_position_embeddings)
+    length = min(PROMPT + DECODED, decoder_of(load_config(files)).max_positions)
     prompt = length * PROMPT // (PROMPT + DECODED)
     ids = evaluation_windows("builtin", load_tokenizer(files), 1, length).ids
-    with torch.inference_mode():
-        logits = logits_of(open_checkpoint(files), config, ids, progress_title)[0, prompt - 1 :]
-    return Reference(ids[0].numpy(), prompt, logits.numpy())
+    (logits,) = logits_of(files, ids)
+    return Reference(ids[0].numpy(), prompt, logits[prompt - 1 :].numpy())
 
 
 def write_reference(folder: Path, reference: Reference) -> None:

@@ -13,7 +13,7 @@ from dlp_deploy.export.publish import COMPANIONS
 from dlp_deploy.export.write import write_graph
 from dlp_deploy.families import decoder_of
 from dlp_deploy.models import load_config, resolve_model
-from dlp_deploy.prune import prune
+from dlp_deploy.pruning import prune
 
 
 def pruned(model: Path, output: Path, sparsity: float = 0.7) -> Path:

@@ -24,7 +24,7 @@ from dlp_deploy.checkpoint import open_checkpoint
 from dlp_deploy.errors import UserError
 from dlp_deploy.masking import METHODS
 from dlp_deploy.models import resolve_model
-from dlp_deploy.prune import prune
+from dlp_deploy.pruning import prune
 from dlp_deploy.recipes.masks import open_masks
 
 from .limits import file_size_limit
@@ -239,7 +239,7 @@ def test_a_new_allocation_needs_no_other_change(
 
 KILLED_RUNS = """
 import os, signal, sys
-from dlp_deploy.prune import prune  # once: the processes that are killed are forked from this one
+from dlp_deploy.pruning import prune  # once: the processes that are killed are forked from this one
 
 def run(last_call):
     calls, fsync = 0, os.fsync

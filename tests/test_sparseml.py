@@ -15,7 +15,7 @@ from dlp_deploy.calibration import calibration_windows
 from dlp_deploy.checkpoint import Checkpoint, open_checkpoint
 from dlp_deploy.families import FAMILIES
 from dlp_deploy.models import load_tokenizer, resolve_model
-from dlp_deploy.prune import prune
+from dlp_deploy.pruning import prune
 from dlp_deploy.recipes.agreement import Agreement, compare, summary
 from dlp_deploy.recipes.masks import Masks, open_masks
 from dlp_deploy.recipes.oneshot import TOOLS, Outcome, Tool, oneshot

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from .allocation import allocation_named, chosen_alpha, densities, in_steps
-from .artifact import BlockSparsity, CalibrationRecord, Pruning
+from .artifact import MANIFEST, BlockSparsity, CalibrationRecord, Pruning
 from .blocks import BlockModel
 from .calibration import TokenWindows, calibration_windows, stored_windows
 from .checkpoint import open_checkpoint, write_shard
@@ -80,6 +80,9 @@ def prune(
     recipe: str | Path | None = None,
     resume: bool = False,
     force: bool = False,
+    *,
+    suffix: str = "",
+    then: Callable[[Path, ModelFiles], None] | None = None,
 ) -> Path:
     """Prune `model` and return the folder that holds the result.
 
@@ -90,6 +93,9 @@ def prune(
     calibration windows are in files under `<output>.partial/`, where each finished block is final. A
     run that was stopped goes on from there with `resume`, to bit-identical results.
 
+    `then` is called with the pruned artifact and the dense model before the folder gets its final name;
+    `suffix` is added to the default name.
+
     Raises UserError for what the user can mend; finished blocks stay usable.
     """
     files = resolve_model(model)
@@ -98,12 +104,14 @@ def prune(
     text = Text(calib, nsamples, seqlen, seed)
     if plan.reads_text and seqlen > decoder.max_positions:
         raise UserError(f"--seqlen {seqlen} is longer than the {decoder.max_positions} positions of {model}")
-    final = Path(output) if output is not None else ARTIFACTS / _folder_name(files, plan)
+    final = Path(output) if output is not None else ARTIFACTS / (_folder_name(files, plan) + suffix)
     refuse_existing(final, force)
     chosen = _device(device)
     with unfinished_run(final, _settings(files, plan, text), resume, force) as folder:
-        if folder is not None:
+        if not (folder / MANIFEST).is_file():
             _execute(files, plan, text, folder, chosen)
+        if then is not None:
+            then(folder, files)
     return final
 
 

@@ -1,0 +1,141 @@
+"""Perplexity of a model or an artifact, in the engine that will serve it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .artifact import CHECKPOINT, MANIFEST, check_files, read_manifest
+from .bench.engines import engine_named
+from .bench.worker import EngineWorker
+from .blocks import logits_of
+from .calibration import TokenWindows, evaluation_windows
+from .errors import UserError
+from .families import decoder_of
+from .models import ModelFiles, load_config, load_tokenizer, resolve_model
+from .perplexity import Perplexity, perplexity_of
+from .progress import progress
+
+# Windows that are in flight at once in torch: their hidden states are on disk, so few suffice.
+TORCH_WINDOWS = 16
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A perplexity and all that is needed to repeat it. `sha256` is over the token ids."""
+
+    model: str
+    engine: str
+    precision: str
+    data: str
+    tokens_per_window: int
+    sha256: str
+    perplexity: float
+    stderr: float
+    tokens: int
+    windows: int
+
+
+def evaluate(
+    model: str,
+    engine: str = "torch",
+    data: str = "wikitext2",
+    precision: str | None = None,
+    dense: bool = False,
+    windows: int | None = None,
+    seqlen: int | None = None,
+    cores: int | None = None,
+) -> Evaluation:
+    """Perplexity of `model` on `data`, in consecutive windows without overlap.
+
+    `model` is an artifact folder, or with engine "torch" anything that prune takes. `engine` is torch
+    (the checkpoint, fp32, block by block), onnxruntime or deepsparse (the artifact's graphs). `precision`
+    chooses among an artifact's graphs, `dense` its baseline. `seqlen` defaults to the model's positions,
+    at most 2048. Raises UserError when the text is out of reach or shorter than one window.
+    """
+    folder = Path(model)
+    files = _files(model, folder)
+    positions = decoder_of(load_config(files)).max_positions
+    length = seqlen or min(2048, positions)
+    if length > positions:
+        raise UserError(f"--seqlen {length} is longer than the {positions} positions of {model}")
+    text = evaluation_windows(data, load_tokenizer(files), windows, length)
+    if engine == "torch":
+        result, chosen = perplexity_of(_torch_nll(files, text)), "fp32"
+    else:
+        chosen, graph = _graph(folder, engine, precision, dense)
+        result = perplexity_of(_engine_nll(engine, graph, text, _cores(cores)))
+    return _record(model, engine, chosen, data, text, result)
+
+
+def _files(model: str, folder: Path) -> ModelFiles:
+    if (folder / MANIFEST).is_file():
+        return ModelFiles(folder.name, model, folder / CHECKPOINT)
+    return resolve_model(model)
+
+
+def _graph(folder: Path, engine: str, precision: str | None, dense: bool) -> tuple[str, Path]:
+    """Precision and path of the graph to run. Raises UserError when the artifact has none like that."""
+    manifest = read_manifest(folder)
+    for export in manifest.exports:
+        if (export.engine, export.dense) == (engine, dense) and precision in (None, export.precision):
+            check_files(folder, manifest, (export.path + "/",))
+            return export.precision, folder / export.path / "model.onnx"
+    has = ", ".join(f"{e.engine} {e.precision}{' dense' if e.dense else ''}" for e in manifest.exports)
+    raise UserError(
+        f"{folder} has no such graph for {engine}; it has: {has or 'none'}; add one with: dlp-deploy export"
+    )
+
+
+def _torch_nll(files: ModelFiles, text: TokenWindows) -> np.ndarray:
+    rows: list[np.ndarray] = []
+    with progress("Perplexity in torch", len(text.ids)) as advance:
+        for start in range(0, len(text.ids), TORCH_WINDOWS):
+            batch = text.ids[start : start + TORCH_WINDOWS]
+            for ids, logits in zip(batch, logits_of(files, batch), strict=True):
+                nll = torch.nn.functional.cross_entropy(
+                    logits[:-1], ids[1:].to(logits.device), reduction="none"
+                )
+                rows.append(nll.cpu().numpy())
+                advance()
+    return np.stack(rows)
+
+
+def _engine_nll(engine: str, graph: Path, text: TokenWindows, cores: Sequence[int]) -> np.ndarray:
+    with EngineWorker.spawn(engine_named(engine), cores) as worker:
+        worker.load(graph, context=text.ids.shape[1], prompt=0)
+        return np.concatenate(list(_window_by_window(worker, engine, text)))
+
+
+def _window_by_window(worker: EngineWorker, engine: str, text: TokenWindows) -> Iterator[np.ndarray]:
+    with progress(f"Perplexity in {engine}", len(text.ids)) as advance:
+        for window in text.ids.numpy():
+            yield worker.window_nll(window[None])
+            advance()
+
+
+def _cores(count: int | None) -> list[int]:
+    allowed = sorted(os.sched_getaffinity(0))
+    return allowed[:count]
+
+
+def _record(
+    model: str, engine: str, precision: str, data: str, text: TokenWindows, result: Perplexity
+) -> Evaluation:
+    return Evaluation(
+        model=model,
+        engine=engine,
+        precision=precision,
+        data=data,
+        tokens_per_window=text.ids.shape[1],
+        sha256=text.sha256,
+        perplexity=result.perplexity,
+        stderr=result.stderr,
+        tokens=result.tokens,
+        windows=result.windows,
+    )
