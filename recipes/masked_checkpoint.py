@@ -1,19 +1,21 @@
-"""Masks applied to a checkpoint, such as a fine-tune of the model that they were made for."""
+"""Checkpoints rewritten with one decoder block in memory: with masks applied, or as they are."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from ..checkpoint import Checkpoint, open_checkpoint, shard_name, write_index, write_shard
 from ..families import Decoder, decoder_of
 from ..models import ModelFiles, load_config, load_tokenizer, resolve_model, save_tokenizer
 from ..progress import progress
 from ..storage import partial_folder, refuse_existing, replace_folder
-from .masks import Masks, apply_mask, identity_of, open_masks
+from .masks import apply_mask, identity_of, open_masks
 
 # Text and settings that belong to a checkpoint; what is not listed here (weights) is not copied.
 _COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja")
@@ -44,17 +46,37 @@ def apply_masks(masks: Path, model: str, output: Path, force: bool = False) -> A
     opened.check_fits(
         identity_of(decoder, files.name, ""), {name: checkpoint.shape(name) for name in checkpoint.names()}
     )
+    counts: list[tuple[int, int, int]] = []
+
+    def masked(name: str, weights: torch.Tensor) -> torch.Tensor:
+        if name not in names:
+            return weights
+        keep = opened.mask(name)
+        opened.check_weights(name, weights)
+        zeroed = int((weights[~keep] != 0).sum())
+        counts.append((keep.numel(), int((~keep).sum()), zeroed))
+        return apply_mask(weights, keep)
+
+    names = set(opened.names())
     with _new_folder(output) as folder:
-        counts = _write_masked(checkpoint, opened, decoder, folder)
+        _write_shards("Applying masks", checkpoint, decoder, folder, masked)
         _copy_companions(files, folder)
-    weights = sum(size for size, _, _ in counts)
-    return Applied(
-        output,
-        len(counts),
-        weights,
-        sum(pruned for _, pruned, _ in counts) / weights,
-        sum(zeroed for _, _, zeroed in counts),
-    )
+    sizes, pruned, zeroed = (sum(column) for column in zip(*counts, strict=True))
+    return Applied(output, len(counts), sizes, pruned / sizes, zeroed)
+
+
+def save_checkpoint(model: str, output: Path, force: bool = False) -> Path:
+    """Write `model`, a GGUF file for instance, to `output` as a Hugging Face checkpoint with its tokenizer.
+
+    Raises UserError when `output` exists or the model cannot be read.
+    """
+    refuse_existing(output, force)
+    files = resolve_model(model)
+    decoder = decoder_of(load_config(files))
+    with _new_folder(output) as folder:
+        _write_shards("Saving", open_checkpoint(files), decoder, folder, lambda name, weights: weights)
+        _copy_companions(files, folder)
+    return output
 
 
 @contextmanager
@@ -70,26 +92,21 @@ def _new_folder(output: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _write_masked(
-    checkpoint: Checkpoint, masks: Masks, decoder: Decoder, folder: Path
-) -> list[tuple[int, int, int]]:
-    """Write the shards; (weights, pruned, newly zeroed) of every masked tensor."""
-    masked = set(masks.names())
+def _write_shards(
+    description: str,
+    checkpoint: Checkpoint,
+    decoder: Decoder,
+    folder: Path,
+    change: Callable[[str, torch.Tensor], torch.Tensor],
+) -> None:
+    """Write every tensor as `change` returns it, one shard per decoder block."""
     shards = list(_shards(checkpoint.names(), decoder))
-    counts = []
-    with progress("Applying masks", len(shards)) as advance:
+    with progress(description, len(shards)) as advance:
         for index, names in enumerate(shards):
-            tensors = {name: checkpoint.tensor(name) for name in names}
-            for name in masked.intersection(names):
-                keep = masks.mask(name)
-                masks.check_weights(name, tensors[name])
-                zeroed = int((tensors[name][~keep] != 0).sum())
-                counts.append((keep.numel(), int((~keep).sum()), zeroed))
-                tensors[name] = apply_mask(tensors[name], keep)
+            tensors = {name: change(name, checkpoint.tensor(name)) for name in names}
             write_shard(folder / shard_name(index, len(shards)), tensors)
             advance()
     write_index(folder)
-    return counts
 
 
 def _shards(names: list[str], decoder: Decoder) -> Iterator[list[str]]:

@@ -297,6 +297,8 @@ def open_masks(path: Path) -> Masks:
         modules = {name: _module(entry) for name, entry in json.loads(metadata["modules"]).items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: its metadata are damaged ({error}); prune again") from None
+    if not modules:
+        raise UserError(f"{path} holds the mask of no weight; prune again")
     _check_bits(path, file, modules)
     return Masks(path, file, model, modules)
 

@@ -24,6 +24,9 @@ class SparseML:
 
     def load(self):
         import sparseml.transformers  # noqa: F401
+        from sparseml.core.factory import ModifierFactory
+
+        ModifierFactory.refresh()
 
     def parse(self, path):
         from sparseml.core.framework import Framework
@@ -73,6 +76,9 @@ class LLMCompressor:
 
     def load(self):
         import llmcompressor  # noqa: F401
+        from llmcompressor.modifiers.factory import ModifierFactory
+
+        ModifierFactory.refresh()
 
     def parse(self, path):
         from llmcompressor.recipe import Recipe

@@ -217,6 +217,12 @@ def test_what_is_no_mask_file_is_refused(tmp_path):
         open_masks(path)
 
 
+def test_a_file_without_masks_is_refused(tmp_path):
+    write_masks(tmp_path / "masks", {}, MODEL)
+    with pytest.raises(UserError, match="mask of no weight"):
+        open_masks(tmp_path / "masks")
+
+
 def test_a_truncated_file_is_refused(tmp_path):
     path = tmp_path / "masks.safetensors"
     write_tiny(path)
