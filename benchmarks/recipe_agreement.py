@@ -22,7 +22,7 @@ from dlp_deploy.calibration import calibration_windows
 from dlp_deploy.checkpoint import open_checkpoint
 from dlp_deploy.models import load_tokenizer, resolve_model
 from dlp_deploy.progress import say
-from dlp_deploy.prune import prune
+from dlp_deploy.pruning import prune
 from dlp_deploy.recipes.agreement import Agreement, compare, summary, summary_table
 from dlp_deploy.recipes.masked_checkpoint import save_checkpoint
 from dlp_deploy.recipes.masks import open_masks, pack_mask, unpack_mask
