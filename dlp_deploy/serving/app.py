@@ -1,0 +1,205 @@
+"""The HTTP side: routes, and answers whole or in a stream of events."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from ..bench.worker import WorkerError
+from .codec import Codec
+from .decoding import Generator, Job
+from .failures import ApiError, add_error_handlers, error_of
+from .protocol import ChatRequest, Choice, CompletionRequest, Reply
+
+# OpenAI's default for completions; a chat reply may fill the context.
+COMPLETION_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Served:
+    """One model behind the server. `context` is the most tokens that prompt and reply have together.
+
+    `failed` is called when the engine is lost, with which nothing can be served any more.
+    """
+
+    name: str
+    created: int
+    context: int
+    codec: Codec
+    generator: Generator
+    failed: Callable[[WorkerError], None]
+
+
+def create_app(served: Served) -> FastAPI:
+    app = FastAPI(title="dlp-deploy", docs_url=None, redoc_url=None)
+    add_error_handlers(app, served.failed)
+
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        generator = served.generator
+        return {"status": "ok", "waiting": generator.turns.waiting, "generated_tokens": generator.generated}
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [_model_card(served)]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        _check_model(served, name)
+        return _model_card(served)
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        _check_model(served, body.model)
+        prompts = [await asyncio.to_thread(_encode, served.codec, prompt) for prompt in body.prompts]
+        limit = body.max_tokens or COMPLETION_TOKENS
+        jobs = [_job(served, body, prompt, limit, continues=True) for prompt in prompts]
+        return await _answer(served, request, body, jobs, Reply(served.name, chat=False))
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        _check_model(served, body.model)
+        prompt = await asyncio.to_thread(served.codec.encode_chat, body.messages)
+        limit = body.max_completion_tokens or body.max_tokens or max(1, served.context - len(prompt))
+        jobs = [_job(served, body, prompt, limit, continues=False)]
+        return await _answer(served, request, body, jobs, Reply(served.name, chat=True))
+
+    return app
+
+
+def _model_card(served: Served) -> dict[str, Any]:
+    return {
+        "id": served.name,
+        "object": "model",
+        "created": served.created,
+        "owned_by": "dlp-deploy",
+        "max_model_len": served.context,
+    }
+
+
+def _check_model(served: Served, name: str) -> None:
+    if name != served.name:
+        message = f"there is no model {name!r} here; this server has {served.name!r}"
+        raise ApiError(404, message, param="model", code="model_not_found")
+
+
+def _encode(codec: Codec, prompt: str | list[int]) -> list[int]:
+    ids = codec.encode(prompt) if isinstance(prompt, str) else prompt
+    if not ids:
+        raise ApiError(400, "the prompt is empty", param="prompt")
+    if max(ids) >= codec.vocabulary:
+        message = f"token {max(ids)} is not in the vocabulary of {codec.vocabulary}"
+        raise ApiError(400, message, param="prompt")
+    return ids
+
+
+def _job(
+    served: Served, body: CompletionRequest | ChatRequest, prompt: list[int], limit: int, continues: bool
+) -> Job:
+    if len(prompt) + limit > served.context:
+        raise ApiError(
+            400,
+            f"the context has {served.context} tokens; {len(prompt)} in the prompt and {limit} to generate "
+            "do not fit; shorten the prompt, or lower max_tokens",
+            param="messages" if isinstance(body, ChatRequest) else "prompt",
+            code="context_length_exceeded",
+        )
+    return Job(tuple(prompt), limit, body.sampling, body.seed, body.stops, continues)
+
+
+async def _answer(
+    served: Served, request: Request, body: CompletionRequest | ChatRequest, jobs: list[Job], reply: Reply
+) -> Response:
+    if not body.stream:
+        return await _while_connected(request, _whole(served, jobs, reply))
+    events = _events(served, jobs, reply, body.streams_usage)
+    # Up to the first event, a full queue or a dead engine can still be an HTTP status.
+    return await _while_connected(request, _started(served, events))
+
+
+async def _whole(served: Served, jobs: list[Job], reply: Reply) -> Response:
+    choices = [Choice() for _ in jobs]
+    for job, choice in zip(jobs, choices, strict=True):
+        async with aclosing(served.generator.pieces(job)) as pieces:
+            async for piece in pieces:
+                choice.add(piece)
+    return JSONResponse(reply.whole(choices, _prompt_tokens(jobs)))
+
+
+async def _events(
+    served: Served, jobs: list[Job], reply: Reply, with_usage: bool
+) -> AsyncGenerator[dict[str, Any], None]:
+    choices = [Choice() for _ in jobs]
+    for index, (job, choice) in enumerate(zip(jobs, choices, strict=True)):
+        async with aclosing(served.generator.pieces(job)) as pieces:
+            async for piece in pieces:
+                if not choice.tokens and (opening := reply.opening(index)):
+                    yield opening
+                choice.add(piece)
+                if piece.text or piece.finish:
+                    yield reply.chunk(index, piece.text, piece.finish)
+    if with_usage:
+        yield reply.closing(choices, _prompt_tokens(jobs))
+
+
+def _prompt_tokens(jobs: list[Job]) -> int:
+    return sum(len(job.prompt) for job in jobs)
+
+
+async def _started(served: Served, events: AsyncGenerator[dict[str, Any], None]) -> Response:
+    return _EventStream(served, await anext(events), events)
+
+
+class _EventStream(StreamingResponse):
+    """Server-sent events, ended by "[DONE]". When the client leaves, the generation ends with it."""
+
+    def __init__(
+        self, served: Served, first: dict[str, Any], rest: AsyncGenerator[dict[str, Any], None]
+    ) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(self._lines(first), media_type="text/event-stream", headers=headers)
+        self._served, self._rest = served, rest
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self._rest):
+            await super().__call__(scope, receive, send)
+
+    async def _lines(self, first: dict[str, Any]) -> AsyncIterator[str]:
+        yield _line(first)
+        try:
+            async for event in self._rest:
+                yield _line(event)
+        except WorkerError as error:
+            yield _line(error_of(error).body())
+            self._served.failed(error)
+        yield "data: [DONE]\n\n"
+
+
+def _line(event: dict[str, Any]) -> str:
+    return f"data: {json.dumps(event, ensure_ascii=False)}\n\n"
+
+
+async def _while_connected(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
+    """The result of `work`, which is cancelled when the client leaves before."""
+    task, left = asyncio.ensure_future(work), asyncio.ensure_future(_disconnect(request))
+    try:
+        await asyncio.wait({task, left}, return_when=asyncio.FIRST_COMPLETED)
+        # Nobody reads the answer to a client that left; 499 is what logs usually call it.
+        return task.result() if task.done() else Response(status_code=499)
+    finally:
+        task.cancel()
+        left.cancel()
+        await asyncio.gather(task, left, return_exceptions=True)
+
+
+async def _disconnect(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,172 @@
+"""One engine, one sequence at a time: who has the turn, what the cache holds, and the pieces of text."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+
+from ..bench.worker import EngineWorker
+from .sampling import Sampling, choose_token
+from .text import Detokenizer, StopStrings
+
+# Tokens before the first new one that a decoder may look at for spaces and split characters.
+TEXT_CONTEXT = 6
+
+T = TypeVar("T")
+
+
+class Busy(Exception):
+    """As many sequences wait for the engine as are let in."""
+
+
+class Turns:
+    """First come, first served: one has the engine, at most `waiting` others wait for it."""
+
+    def __init__(self, waiting: int) -> None:
+        self._waiting = waiting
+        self._present = 0
+        self._lock = asyncio.Lock()
+
+    @property
+    def waiting(self) -> int:
+        return max(0, self._present - 1)
+
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """Wait for the engine and hold it for the body. Raises Busy at once when too many wait."""
+        if self._present > self._waiting:
+            raise Busy
+        self._present += 1
+        try:
+            async with self._lock:
+                yield
+        finally:
+            self._present -= 1
+
+
+class CachedEngine:
+    """A loaded worker and the tokens that its KV cache holds. Its calls block."""
+
+    def __init__(self, worker: EngineWorker) -> None:
+        self._worker = worker
+        self._held: list[int] = []
+
+    def begin(self, prompt: Sequence[int]) -> int:
+        """Make the cache a proper beginning of `prompt`, if only an empty one; return its length.
+
+        The next turn of a conversation begins with all that came before, which is then not read again.
+        """
+        held = len(self._held)
+        if held < len(prompt) and list(prompt[:held]) == self._held:
+            return held
+        self._worker.restart()
+        self._held = []
+        return 0
+
+    def extend(self, ids: Sequence[int]) -> np.ndarray:
+        """Append to the cache; the logits of the last token, float32 [vocabulary]."""
+        logits = self._worker.extend(np.array(ids, dtype=np.int64))
+        self._held.extend(ids)
+        return logits
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to generate: at most `max_tokens` tokens after `prompt`.
+
+    `continues` says that the text goes on where the prompt's ends, rather than being one of its own.
+    """
+
+    prompt: tuple[int, ...]
+    max_tokens: int
+    sampling: Sampling = field(default_factory=Sampling)
+    seed: int | None = None
+    stops: tuple[str, ...] = ()
+    continues: bool = True
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text of one step, `tokens` generated so far, and `reused` prompt tokens that were in the cache.
+
+    The last piece has a `finish`: "stop" at an end token or stop string, else "length".
+    """
+
+    text: str
+    tokens: int
+    reused: int
+    finish: Literal["stop", "length"] | None = None
+
+
+class Generator:
+    """Runs jobs on an engine, one after the other.
+
+    `decode` turns token ids into text; `ends` are the tokens that end a text. Prompts are read
+    `prompt_step` tokens at a time, and at most `waiting` jobs wait for the one that runs. `generated`
+    counts the tokens of all jobs so far.
+    """
+
+    def __init__(
+        self,
+        engine: CachedEngine,
+        decode: Callable[[Sequence[int]], str],
+        ends: frozenset[int],
+        prompt_step: int,
+        waiting: int,
+    ) -> None:
+        self._engine, self._decode, self._ends, self._prompt_step = engine, decode, ends, prompt_step
+        self.turns = Turns(waiting)
+        self.generated = 0
+        # One thread: a call that its client gave up on ends before the next one begins.
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    async def pieces(self, job: Job) -> AsyncGenerator[Piece, None]:
+        """The text of `job`, token by token. Closing the iterator ends the work within one token.
+
+        Raises Busy before anything else, and WorkerError when the engine fails.
+        """
+        before = job.prompt[-TEXT_CONTEXT:] if job.continues else ()
+        text, stops = Detokenizer(self._decode, before), StopStrings(job.stops)
+        async with self.turns.turn(), aclosing(self._tokens(job)) as tokens:
+            count = reused = 0
+            async for token, reused in tokens:
+                count += 1
+                if token in self._ends:
+                    yield Piece(stops.push(text.finish()) + stops.finish(), count, reused, "stop")
+                    return
+                piece = stops.push(text.push(token))
+                if stops.found:
+                    yield Piece(piece, count, reused, "stop")
+                    return
+                if count < job.max_tokens:
+                    yield Piece(piece, count, reused)
+            rest = stops.push(text.finish())
+            yield Piece(piece + rest + stops.finish(), count, reused, "stop" if stops.found else "length")
+
+    async def _tokens(self, job: Job) -> AsyncGenerator[tuple[int, int], None]:
+        random = np.random.default_rng(None if job.seed is None else job.seed % 2**64)
+        reused = await self._call(self._engine.begin, job.prompt)
+        pending = job.prompt[reused:]
+        while len(pending) > self._prompt_step:
+            await self._call(self._engine.extend, pending[: self._prompt_step])
+            pending = pending[self._prompt_step :]
+        for _ in range(job.max_tokens):
+            token = await self._call(self._next, pending, job.sampling, random)
+            pending = (token,)
+            self.generated += 1
+            yield token, reused
+
+    def _next(self, ids: Sequence[int], sampling: Sampling, random: np.random.Generator) -> int:
+        return choose_token(self._engine.extend(ids), sampling, random)
+
+    async def _call(self, function: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)

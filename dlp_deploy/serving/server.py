@@ -1,0 +1,104 @@
+"""The server process: its address, its signals, and uvicorn around the app."""
+
+from __future__ import annotations
+
+import ipaddress
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import uvicorn
+from fastapi import FastAPI
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from ..bench.worker import EngineWorker, WorkerError
+from ..errors import UserError, first_line
+from ..progress import say
+from .app import Served, create_app
+from .codec import Codec
+from .decoding import CachedEngine, Generator
+
+# Sequences that may wait for the engine; one more is told to try again (status 429).
+WAITING = 32
+# What a stopped server gives the replies that are being written.
+GRACE_S = 10
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1", "[::1]")
+
+
+@contextmanager
+def bound_socket(host: str, port: int) -> Iterator[socket.socket]:
+    """A socket at the address, which refuses clients until `listen` is called on it.
+
+    Raises UserError when the address cannot be had.
+    """
+    if not 0 <= port <= 65535:
+        raise UserError(f"--port {port}: ports are 1 to 65535, and 0 for a free one")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        reason = first_line(error)
+        raise UserError(f"cannot serve at {host}:{port} ({reason}); give another --host or --port") from None
+    with listener:
+        yield listener
+
+
+def run(
+    worker: EngineWorker, listener: socket.socket, name: str, codec: Codec, context: int, prompt_step: int
+) -> None:
+    """Answer requests until a signal. Raises WorkerError once the engine is lost.
+
+    `context` is what the worker's cache holds, `prompt_step` the tokens it reads at once.
+    """
+    failures: list[WorkerError] = []
+
+    def failed(error: WorkerError) -> None:
+        failures.append(error)
+        server.should_exit = True
+
+    generator = Generator(CachedEngine(worker), codec.decode, codec.ends, prompt_step, WAITING)
+    app = create_app(Served(name, int(time.time()), context, codec, generator, failed))
+    _keep_to_this_machine(app, listener)
+    config = uvicorn.Config(app, log_config=None, lifespan="off", timeout_graceful_shutdown=GRACE_S)
+    server = uvicorn.Server(config)
+    listener.listen()
+    say(f"Serving {name} at {_url(listener)}/v1 (Ctrl-C ends it)")
+    try:
+        server.run(sockets=[listener])
+    except KeyboardInterrupt:
+        say("Stopped")
+    finally:
+        generator.close()
+    if failures:
+        raise failures[0]
+
+
+def _keep_to_this_machine(app: FastAPI, listener: socket.socket) -> None:
+    """On loopback, refuse other names of this host: web pages reach local servers by such names."""
+    if ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=LOOPBACK_NAMES)
+    else:
+        say(f"{_url(listener)} is open to the network, without a password")
+
+
+def _url(listener: socket.socket) -> str:
+    address, port = listener.getsockname()[:2]
+    return f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
+
+
+@contextmanager
+def termination_as_interrupt() -> Iterator[None]:
+    """SIGTERM ends the body as Ctrl-C does, so that what it holds is released."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
