@@ -123,7 +123,7 @@ def _split(data: Bytes) -> Bytes:
 def _join(nibbles: Bytes) -> Bytes:
     """The inverse of `_split`; an odd number is padded with zero."""
     padded = np.pad(nibbles, (0, len(nibbles) % 2))
-    return padded[0::2] | (padded[1::2] << 4)
+    return padded[0::2] | np.left_shift(padded[1::2], np.uint8(4))
 
 
 def _mask_bytes(count: int) -> int:
