@@ -1,0 +1,60 @@
+"""Measure an artifact in the engines it was exported for, against dense baselines, on equal terms."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .report import Report
+
+REPORT = "report.json"
+
+
+def bench(
+    artifact: str | Path | None = None,
+    engine: str = "deepsparse",
+    cores: int | None = None,
+    baseline: str | None = None,
+    prompt_tokens: int = 128,
+    new_tokens: int = 64,
+    context: int | None = None,
+    repeats: int = 5,
+    eval_data: str = "builtin",
+    eval_windows: int = 16,
+    eval_tokens: int = 512,
+    output: str | Path | None = None,
+    force: bool = False,
+) -> Report:
+    """Measure `artifact` (None: the newest below ./artifacts) and write a report.
+
+    `engine` is a name, a comma-separated list, or "all" (what is installed); `baseline` a list of the
+    precisions of dense ONNX Runtime models, "none", or None for all that the artifact holds. `cores`
+    are physical ones, one thread on each (None: all). The KV cache has room for `context` positions
+    (None: prompt and new tokens); what prompt and new tokens leave of it is filled before the clock
+    starts, so that decoding is timed at that depth. Perplexity is taken on `eval_windows` windows of
+    `eval_tokens` tokens of `eval_data` (0 windows: not at all).
+
+    `output` is the path of report.json; .md, .csv and .png are written beside it. It defaults to
+    <artifact>.bench/report.json. Raises UserError for what cannot be measured as asked, before any
+    measurement begins.
+    """
+    # Imported here: naming an engine must not cost the import of torch.
+    from .run import Request, run_bench
+
+    request = Request(
+        artifact=Path(artifact) if artifact else None,
+        engine=engine,
+        cores=cores,
+        baseline=baseline,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        context=context,
+        repeats=repeats,
+        eval_data=eval_data,
+        eval_windows=eval_windows,
+        eval_tokens=eval_tokens,
+        output=Path(output) if output else None,
+        force=force,
+    )
+    return run_bench(request)

@@ -99,8 +99,8 @@ class EngineWorker:
     def load(self, model: Path, context: int, prompt: int) -> float:
         """Load a graph (or a checkpoint folder) and return the seconds it took.
 
-        The KV cache has room for `context` positions, of which the last is that of the last token
-        generated; prompts are of `prompt` tokens. With prompt 0 only `window_nll` can be asked.
+        The KV cache has room for `context` tokens, and prompts are of `prompt` tokens. With prompt 0 only
+        `window_nll` can be asked.
         """
         body, _ = self._ask("load", model=str(model.resolve()), context=context, prompt=prompt)
         return float(body["load_s"])

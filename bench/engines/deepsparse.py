@@ -13,8 +13,5 @@ ENGINE = Engine(
     lock=LOCKS / "deepsparse.txt",
     pythons=((3, 11), (3, 10), (3, 9)),
     download_mb=190,
-    notes=(
-        "DeepSparse was retired in June 2025; 1.8.0 is its last release.",
-        "It has no 4-bit kernel: int4 weights are held in int8 and run at int8 speed.",
-    ),
+    notes=("Retired in June 2025; 1.8.0 is its last release.",),
 )

@@ -10,5 +10,5 @@ ENGINE = Engine(
     precisions=("fp32", "int8", "int4"),
     licence="MIT",
     modules=("onnxruntime",),
-    notes=("It has no sparse kernels: zeros cost as much as any other weight.",),
+    notes=("No sparse kernels: zeros cost as much as any other weight.",),
 )

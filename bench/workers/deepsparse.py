@@ -63,8 +63,8 @@ class Session:
 
 
 def _cache_length(context: int, prompt: int, step: int) -> int:
-    """Positions to compile for: `context` - 1 tokens are fed at most, and one position stays empty."""
-    needed = max(context, prompt + step)
+    """Positions to compile for, so that `context` of them can be used."""
+    needed = max(context + 1, prompt + step)
     return BLOCK * -(-max(needed, 2 * step + 1) // BLOCK)
 
 

@@ -31,9 +31,8 @@ class Session(Protocol):
     versions: dict[str, str]
 
     def load(self, model: str, context: int, prompt: int) -> None:
-        """Load `model` with a KV cache of `context` positions, ready to read prompts of `prompt` tokens.
+        """Load `model` with a KV cache for `context` tokens, ready to read prompts of `prompt` tokens.
 
-        At most `context` - 1 tokens are fed: the last position is that of the last token generated.
         With prompt 0 only `windows` will be called.
         """
 

@@ -1,0 +1,264 @@
+"""The machine: its cores, what its processor can do, and which cores a run may use.
+
+Everything is read from /proc and /sys below `root`, so that other machines can be described in tests.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import UserError
+
+ROOT = Path("/")
+# Instruction sets that decide how fast an engine is, as /proc/cpuinfo names them.
+TELLING_FLAGS = (
+    "avx2",
+    "avx512f",
+    "avx512_vnni",
+    "avx_vnni",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_tile",
+    "amx_int8",
+    "amx_bf16",
+    "amx_fp16",
+)
+
+
+@dataclass(frozen=True)
+class LogicalCpu:
+    """One hardware thread: its number, and the physical core, socket and NUMA node it belongs to.
+
+    `core` is the lowest number among the hardware threads of that core.
+    """
+
+    number: int
+    core: int
+    socket: int
+    node: int
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a reader needs to know to judge or repeat a measurement. Sizes in bytes.
+
+    `cpu_quota` is the cgroup limit in cores, None when there is none; `usable_cores` are the physical
+    cores that affinity and quota leave. `governor` is None where the kernel does not say, as in most
+    virtual machines.
+    """
+
+    cpu: str
+    architecture: str
+    isa: tuple[str, ...]
+    sockets: int
+    numa_nodes: int
+    physical_cores: int
+    logical_cores: int
+    usable_cores: int
+    cpu_quota: float | None
+    caches: dict[str, int]
+    governor: str | None
+    hypervisor: bool
+    memory_bytes: int
+    kernel: str
+    operating_system: str
+
+
+def describe_machine(root: Path = ROOT) -> Machine:
+    """Read the machine's description."""
+    cpus, info = read_topology(root), _cpuinfo(root)
+    flags = info.get("flags", "").split()
+    return Machine(
+        cpu=info.get("model name", platform.processor() or "unknown"),
+        architecture=platform.machine(),
+        isa=tuple(flag for flag in TELLING_FLAGS if flag in flags),
+        sockets=len({cpu.socket for cpu in cpus}),
+        numa_nodes=len({cpu.node for cpu in cpus}),
+        physical_cores=len({cpu.core for cpu in cpus}),
+        logical_cores=len(cpus),
+        usable_cores=usable_cores(root),
+        cpu_quota=cpu_quota(root),
+        caches=_caches(root, cpus[0].number),
+        governor=_read(root / f"sys/devices/system/cpu/cpu{cpus[0].number}/cpufreq/scaling_governor"),
+        hypervisor="hypervisor" in flags,
+        memory_bytes=_meminfo(root)["MemTotal"],
+        kernel=platform.release(),
+        operating_system=_os_name(root),
+    )
+
+
+def read_topology(root: Path = ROOT) -> tuple[LogicalCpu, ...]:
+    """All online hardware threads, by number."""
+    base = root / "sys/devices/system/cpu"
+    nodes = _nodes(root)
+    found = []
+    for number in _numbers(_read(base / "online") or "0"):
+        topology = base / f"cpu{number}" / "topology"
+        siblings = _read(topology / "core_cpus_list") or _read(topology / "thread_siblings_list")
+        socket = _read(topology / "physical_package_id")
+        # Without topology (some containers) each hardware thread counts as a core of its own.
+        core = _numbers(siblings)[0] if siblings else number
+        found.append(LogicalCpu(number, core, max(0, int(socket or 0)), nodes.get(number, 0)))
+    return tuple(found)
+
+
+def choose_cores(
+    count: int | None, root: Path = ROOT, allowed: Iterable[int] | None = None
+) -> tuple[int, ...]:
+    """Logical CPU numbers of `count` distinct physical cores (None: all usable ones), one per core.
+
+    Cores of one NUMA node are taken before those of the next. `allowed` defaults to this process's
+    affinity. Raises UserError when there are not so many.
+    """
+    cores = _allowed_cores(root, allowed)
+    quota = cpu_quota(root)
+    most = len(cores) if quota is None else min(len(cores), max(1, math.floor(quota)))
+    if count is None:
+        return tuple(cores[:most])
+    if count < 1:
+        raise UserError(f"--cores {count}: at least one core is needed")
+    if count > most:
+        physical = len({cpu.core for cpu in read_topology(root)})
+        limit = f", of which affinity and cgroup leave us {most}" if most < physical else ""
+        has = f"this machine has {physical} physical core{'s' if physical > 1 else ''}{limit}"
+        raise UserError(f"--cores {count}: {has}; use --cores {most}{' or fewer' if most > 1 else ''}")
+    return tuple(cores[:count])
+
+
+def usable_cores(root: Path = ROOT) -> int:
+    return len(choose_cores(None, root))
+
+
+def require_avx2(root: Path = ROOT) -> None:
+    """Raise UserError on a processor that the engines' kernels do not run on."""
+    flags = _cpuinfo(root).get("flags", "").split()
+    if "avx2" not in flags:
+        name = _cpuinfo(root).get("model name", platform.machine())
+        raise UserError(f"{name} has no AVX2, which the engines need; use an x86-64 processor that has it")
+
+
+def cpu_quota(root: Path = ROOT) -> float | None:
+    """Cores that this process's cgroups (v2 or v1) grant, the tightest of them; None without limit."""
+    limits = []
+    for folder in _cgroup_folders(root):
+        if (text := _read(folder / "cpu.max")) and not text.startswith("max"):
+            quota, period = text.split()
+            limits.append(int(quota) / int(period))
+        quota_us, period_us = _read(folder / "cpu.cfs_quota_us"), _read(folder / "cpu.cfs_period_us")
+        if quota_us and period_us and int(quota_us) > 0:
+            limits.append(int(quota_us) / int(period_us))
+    return min(limits, default=None)
+
+
+def available_memory(root: Path = ROOT) -> int:
+    """Bytes that new processes can use without swapping, within the cgroup's limit."""
+    free = [_meminfo(root)["MemAvailable"]]
+    for folder in _cgroup_folders(root):
+        limit, used = _read(folder / "memory.max"), _read(folder / "memory.current")
+        if limit and used and limit != "max":
+            free.append(max(0, int(limit) - int(used)))
+        limit, used = _read(folder / "memory.limit_in_bytes"), _read(folder / "memory.usage_in_bytes")
+        if limit and used:
+            free.append(max(0, int(limit) - int(used)))
+    return min(free)
+
+
+def _allowed_cores(root: Path, allowed: Iterable[int] | None) -> list[int]:
+    """The first allowed hardware thread of each physical core, node by node."""
+    permitted = set(os.sched_getaffinity(0) if allowed is None else allowed)
+    first: dict[int, LogicalCpu] = {}
+    for cpu in read_topology(root):
+        if cpu.number in permitted:
+            first.setdefault(cpu.core, cpu)
+    return [cpu.number for cpu in sorted(first.values(), key=lambda cpu: (cpu.node, cpu.number))]
+
+
+def _cgroup_folders(root: Path) -> list[Path]:
+    """Folders of this process's cgroups and their parents: any of them may hold a limit."""
+    base = root / "sys/fs/cgroup"
+    folders = []
+    for line in (_read(root / "proc/self/cgroup") or "").splitlines():
+        _, controllers, path = line.split(":", 2)
+        hierarchy = base / controllers if controllers else base
+        group = hierarchy / path.lstrip("/")
+        folders += [folder for folder in (group, *group.parents) if folder.is_relative_to(hierarchy)]
+    return [folder for folder in dict.fromkeys([*folders, base, base / "cpu"]) if folder.is_dir()]
+
+
+def _nodes(root: Path) -> dict[int, int]:
+    folder = root / "sys/devices/system/node"
+    return {
+        cpu: int(node.name.removeprefix("node"))
+        for node in folder.glob("node[0-9]*")
+        for cpu in _numbers(_read(node / "cpulist") or "")
+    }
+
+
+def _caches(root: Path, cpu: int) -> dict[str, int]:
+    """Size in bytes of each cache that hardware thread `cpu` uses, by name: L1d, L1i, L2, L3."""
+    caches = {}
+    for index in sorted((root / f"sys/devices/system/cpu/cpu{cpu}/cache").glob("index[0-9]*")):
+        level, kind, size = (_read(index / name) for name in ("level", "type", "size"))
+        if level and kind and size:
+            suffix = {"Data": "d", "Instruction": "i"}.get(kind, "")
+            caches[f"L{level}{suffix}"] = _bytes(size)
+    return caches
+
+
+def _bytes(size: str) -> int:
+    factor = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}.get(size[-1])
+    return int(size[:-1]) * factor if factor else int(size)
+
+
+def _numbers(ranges: str) -> list[int]:
+    """The numbers of a kernel list such as "0-3,8"."""
+    numbers: list[int] = []
+    for part in filter(None, ranges.strip().split(",")):
+        first, _, last = part.partition("-")
+        numbers.extend(range(int(first), int(last or first) + 1))
+    return numbers
+
+
+def _cpuinfo(root: Path) -> dict[str, str]:
+    """The entry of the first processor in /proc/cpuinfo."""
+    first = (_read(root / "proc/cpuinfo") or "").split("\n\n")[0]
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def _meminfo(root: Path) -> dict[str, int]:
+    pairs = (line.split(":") for line in (_read(root / "proc/meminfo") or "").splitlines())
+    return {name: int(value.split()[0]) * 1024 for name, value in pairs}
+
+
+def _os_name(root: Path) -> str:
+    for line in (_read(root / "etc/os-release") or "").splitlines():
+        if line.startswith("PRETTY_NAME="):
+            return line.split("=", 1)[1].strip('"')
+    return platform.system()
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return None
+
+
+def processor_time(cpus: Sequence[int], root: Path = ROOT) -> dict[str, float]:
+    """Seconds that the hardware threads `cpus` were busy and were stolen by a hypervisor, since boot."""
+    tick = os.sysconf("SC_CLK_TCK")
+    busy = stolen = 0
+    wanted = {f"cpu{number}" for number in cpus}
+    for line in (_read(root / "proc/stat") or "").splitlines():
+        name, *counts = line.split()
+        if name in wanted:
+            user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, counts[:8])
+            busy += user + nice + system + irq + softirq
+            stolen += steal
+    return {"busy": busy / tick, "stolen": stolen / tick}

@@ -1,0 +1,143 @@
+"""Which runs a bench makes of an artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..artifact import CHECKPOINT, Export, Manifest
+from ..errors import UserError
+from .engines import Engine, engine_named, engines
+from .environments import interpreter, list_engines
+
+MODEL = "model.onnx"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One model in one engine. `model` is what the engine loads, `reference` the folder that holds
+    the logits it must agree with."""
+
+    name: str
+    engine: Engine
+    precision: str
+    dense: bool
+    sparsity: float
+    model: Path
+    reference: Path
+    weight_bytes: int
+    notes: tuple[str, ...] = ()
+
+
+def plan_runs(artifact: Path, manifest: Manifest, engine: str, baseline: str | None) -> tuple[Candidate, ...]:
+    """Dense baselines in ONNX Runtime first, then the sparse exports of each engine asked for.
+
+    `engine` is a name, a comma-separated list or "all" (what is installed and exported for); `baseline`
+    a comma-separated list of precisions, "none", or None for all that the artifact holds. Raises
+    UserError for what is unknown, not installed or not in the artifact.
+    """
+    dense = _baselines(artifact, manifest, baseline)
+    sparse = [
+        candidate
+        for chosen in _engines(manifest, engine)
+        for candidate in _sparse_runs(artifact, manifest, chosen)
+    ]
+    for candidate in (*dense, *sparse):
+        interpreter(candidate.engine)
+    return (*dense, *sparse)
+
+
+def is_decoder(engine: Engine) -> bool:
+    """Whether `engine` generates text; others run recipes only."""
+    return bool(engine.precisions)
+
+
+def _engines(manifest: Manifest, names: str) -> list[Engine]:
+    if names == "all":
+        exported = {export.engine for export in manifest.exports if not export.dense} | {"torch"}
+        return [
+            status.engine
+            for status in list_engines()
+            if is_decoder(status.engine) and status.python and status.engine.name in exported
+        ]
+    chosen = [engine_named(name.strip()) for name in names.split(",") if name.strip()]
+    for engine in chosen:
+        if not is_decoder(engine):
+            able = ", ".join(name for name, engine in engines().items() if is_decoder(engine))
+            raise UserError(
+                f"--engine {engine.name}: it runs recipes and generates no text; engines are: {able}"
+            )
+    if not chosen:
+        raise UserError(f"--engine is empty; engines are: {', '.join(engines())}")
+    return chosen
+
+
+def _sparse_runs(artifact: Path, manifest: Manifest, engine: Engine) -> list[Candidate]:
+    if engine.reads == CHECKPOINT:
+        return [_checkpoint_run(artifact, manifest, engine)]
+    found = [e for e in manifest.exports if e.engine == engine.name and not e.dense]
+    if not found:
+        has = sorted({export.engine for export in manifest.exports if not export.dense})
+        raise UserError(
+            f"{artifact} has no graphs for {engine.name} (it has {', '.join(has) or 'none'}); "
+            f"add them with: dlp-deploy export {artifact} --target {engine.name}"
+        )
+    return [_graph_run(artifact, manifest, export, engine) for export in found]
+
+
+def _baselines(artifact: Path, manifest: Manifest, precisions: str | None) -> list[Candidate]:
+    found: dict[str, Export] = {export.precision: export for export in manifest.exports if export.dense}
+    if precisions is None:
+        wanted: Sequence[str] = list(found)
+    elif precisions == "none":
+        wanted = ()
+    else:
+        wanted = [name.strip() for name in precisions.split(",") if name.strip()]
+    for precision in wanted:
+        if precision not in found:
+            raise UserError(
+                f"{artifact} has no dense {precision} baseline (it has {', '.join(found) or 'none'}); "
+                f"add it with: dlp-deploy export {artifact} --baseline {precision}"
+            )
+    return [_graph_run(artifact, manifest, found[name], engine_named(found[name].engine)) for name in wanted]
+
+
+def _graph_run(artifact: Path, manifest: Manifest, export: Export, engine: Engine) -> Candidate:
+    kind = "dense" if export.dense else _sparsity_label(manifest)
+    folder = artifact / export.path
+    return Candidate(
+        name=f"{engine.name}-{export.precision}-{kind}",
+        engine=engine,
+        precision=export.precision,
+        dense=export.dense,
+        sparsity=export.sparsity,
+        model=folder / MODEL,
+        reference=folder,
+        weight_bytes=export.weight_bytes,
+        notes=export.notes,
+    )
+
+
+def _checkpoint_run(artifact: Path, manifest: Manifest, engine: Engine) -> Candidate:
+    """The pruned checkpoint itself, in float32; its reference is that of any sparse graph."""
+    graphs = [export for export in manifest.exports if not export.dense]
+    if not graphs:
+        raise UserError(
+            f"{artifact} has no graphs and so no reference; add some with: dlp-deploy export {artifact}"
+        )
+    return Candidate(
+        name=f"{engine.name}-fp32-{_sparsity_label(manifest)}",
+        engine=engine,
+        precision="fp32",
+        dense=False,
+        sparsity=manifest.pruning.sparsity,
+        model=artifact / CHECKPOINT,
+        reference=artifact / graphs[0].path,
+        weight_bytes=4 * manifest.source.parameters,
+    )
+
+
+def _sparsity_label(manifest: Manifest) -> str:
+    """The sparsity of the masks, e.g. "s70"; quantization may add some zeros to that."""
+    return f"s{100 * manifest.pruning.sparsity:.0f}"

@@ -1,0 +1,107 @@
+"""The picture of a report: time per token, and how much faster than which dense baseline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from .report import Report, Run
+
+DENSE, SPARSE = "#9aa5b1", "#2a8c82"
+FP32, BEST = "#1d6fa5", "#e08e45"
+INK = "#22303c"
+
+
+def draw(report: Report, path: Path) -> None:
+    """Write a PNG with one bar per timed run on the left, and the speed-ups of sparse runs on the right."""
+    timed = [run for run in report.runs if run.tpot_ms]
+    figure = Figure(figsize=(12.5, 2.2 + 0.5 * max(4, len(timed))), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
+    _latency_bars(left, timed)
+    _speedup_bars(right, report, [run for run in timed if not run.dense])
+    figure.suptitle(_heading(report), fontsize=11, color=INK, x=0.01, ha="left")
+    figure.savefig(path, format="png")
+
+
+def _heading(report: Report) -> str:
+    run = report.runs[0]
+    return (
+        f"{report.model}: {run.cores} core{'s' if run.cores > 1 else ''} of {report.environment.cpu}, "
+        f"prompt {run.prompt_tokens}, {run.new_tokens} new tokens, context {run.context}"
+    )
+
+
+def _latency_bars(axes: Axes, runs: list[Run]) -> None:
+    _clean(axes, "Time per token (ms, median; line: to the 90th percentile)")
+    longest = max((run.tpot_ms.p90 for run in runs if run.tpot_ms), default=1.0)
+    for row, run in enumerate(runs):
+        assert run.tpot_ms is not None
+        middle, high = run.tpot_ms.p50, run.tpot_ms.p90
+        axes.barh(row, middle, height=0.62, color=DENSE if run.dense else SPARSE)
+        axes.plot((middle, high), (row, row), color=INK, linewidth=1.4, solid_capstyle="butt")
+        axes.text(
+            max(middle, high) + 0.015 * longest, row, f"{middle:.3g}", va="center", fontsize=9, color=INK
+        )
+    axes.set_yticks(range(len(runs)), [run.name for run in runs], fontsize=9)
+    axes.set_ylim(len(runs) - 0.5, -0.5)
+    axes.set_xlim(0, 1.14 * longest)
+    _legend(axes, {"dense": DENSE, "sparse": SPARSE})
+
+
+def _speedup_bars(axes: Axes, report: Report, runs: list[Run]) -> None:
+    _clean(axes, "Speed-up of sparse runs (line: 95% interval)")
+    baselines = [name for name in dict.fromkeys((report.dense_fp32, report.best_dense)) if name]
+    height = 0.62 / max(1, len(baselines))
+    highest = 1.0
+    for index, baseline in enumerate(baselines):
+        color = FP32 if baseline == report.dense_fp32 else BEST
+        for row, run in enumerate(runs):
+            comparison = report.speedup_over(run.name, baseline)
+            if comparison is None:
+                continue
+            place = row + (index - (len(baselines) - 1) / 2) * height
+            axes.barh(place, comparison.speedup, height=0.9 * height, color=color)
+            axes.plot(comparison.ci95, (place, place), color=INK, linewidth=1.4, solid_capstyle="butt")
+            highest = max(highest, comparison.ci95[1])
+            axes.annotate(
+                f"{comparison.speedup:.2f}x",
+                (comparison.ci95[1], place),
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=9,
+                color=INK,
+            )
+    axes.axvline(1, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
+    axes.set_yticks(range(len(runs)), [run.name for run in runs], fontsize=9)
+    axes.set_ylim(len(runs) - 0.5, -0.5)
+    axes.set_xlim(0, 1.2 * highest)
+    colors = {f"over {name}": FP32 if name == report.dense_fp32 else BEST for name in baselines}
+    _legend(axes, colors)
+
+
+def _legend(axes: Axes, colors: dict[str, str]) -> None:
+    handles = [Patch(color=color, label=label) for label, color in colors.items()]
+    axes.legend(
+        handles=handles,
+        loc="upper left",
+        bbox_to_anchor=(0, -0.07),
+        ncols=1 if max(map(len, colors), default=0) > 10 else 2,
+        fontsize=9,
+        frameon=False,
+        borderaxespad=0.4,
+    )
+
+
+def _clean(axes: Axes, title: str) -> None:
+    axes.set_title(title, fontsize=10, color=INK, loc="left")
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="x", labelsize=9)
+    axes.grid(axis="x", color="#d9dee3", linewidth=0.6)
+    axes.set_axisbelow(True)

@@ -1,0 +1,206 @@
+"""The report of a bench: what report.json holds, and reading it back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..errors import UserError
+
+SCHEMA = 1
+SCHEMA_FILE = Path(__file__).resolve().parent / "schema" / "report.json"
+
+
+class _Stored(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class LatencyMs(_Stored):
+    """Milliseconds."""
+
+    mean: float
+    p50: float
+    p90: float
+    p99: float
+
+
+class OutputAgreement(_Stored):
+    """Agreement of the engine's logits with torch in fp32, checked before any timing.
+
+    Errors are max and mean |engine - torch| / max |torch| (null: not a finite number); the one that
+    `limited` names was held to `limit`. `graph_max_rel_error` and `graph_mean_rel_error` are the same
+    against ONNX Runtime on the very same graph. `greedy_match` is the share of positions with the same
+    arg max as torch.
+    """
+
+    max_rel_error: float | None
+    mean_rel_error: float | None
+    greedy_match: float
+    positions: int
+    limited: Literal["max_rel_error", "mean_rel_error"]
+    limit: float
+    graph_max_rel_error: float | None = None
+    graph_mean_rel_error: float | None = None
+
+
+class Run(_Stored):
+    """One model in one engine. A run that is not "ok" has a reason, and no latencies.
+
+    `samples_ms` are the times of all tokens after the first, round after round, `samples_per_round` of
+    them each; `ttft_samples_ms` holds one time a round.
+    """
+
+    name: str
+    engine: str
+    precision: str
+    sparsity: float
+    dense: bool
+    status: Literal["ok", "wrong output", "failed"]
+    reason: str = ""
+    cores: int
+    prompt_tokens: int
+    new_tokens: int
+    context: int
+    weight_bytes: int
+    load_s: float | None = None
+    ttft_ms: LatencyMs | None = None
+    tpot_ms: LatencyMs | None = None
+    tokens_per_s: float | None = None
+    peak_rss_bytes: int | None = None
+    perplexity: float | None = None
+    perplexity_stderr: float | None = None
+    warm_ups: int = 0
+    drift: float | None = Field(default=None, description="largest relative deviation of a round's median")
+    samples_per_round: int = 0
+    samples_ms: tuple[float, ...] = ()
+    ttft_samples_ms: tuple[float, ...] = ()
+    output_check: OutputAgreement | None = None
+    notes: tuple[str, ...] = ()
+
+
+class Comparison(_Stored):
+    """How many times faster `run` decodes than `baseline`: the median of the paired ratios of their
+    times per token, with a 95 % bootstrap interval; `ttft_speedup` is the ratio of the median times to
+    the first token."""
+
+    run: str
+    baseline: str
+    speedup: float
+    ci95: tuple[float, float]
+    ttft_speedup: float
+
+
+class NoiseRecord(_Stored):
+    """Shares of the used cores' time, during timed generation, that a hypervisor took and that other
+    processes used."""
+
+    stolen_share: float
+    others_share: float
+
+
+class EngineRecord(_Stored):
+    title: str
+    licence: str
+    versions: dict[str, str]
+    notes: tuple[str, ...]
+
+
+class Environment(_Stored):
+    cpu: str
+    architecture: str
+    isa: tuple[str, ...]
+    sockets: int
+    numa_nodes: int
+    physical_cores: int
+    logical_cores: int
+    usable_cores: int
+    cpu_quota: float | None
+    cores_used: tuple[int, ...]
+    caches: dict[str, int]
+    governor: str | None
+    hypervisor: bool
+    memory_bytes: int
+    memory_bandwidth_gbps: float = Field(description="read bandwidth of the used cores, 1e9 bytes a second")
+    kernel: str
+    operating_system: str
+    versions: dict[str, str]
+    engines: dict[str, EngineRecord]
+    git_revision: str | None
+
+
+class Evaluated(_Stored):
+    """The text that perplexity was taken on; `sha256` is over the int64 token ids."""
+
+    data: str
+    windows: int
+    tokens_per_window: int
+    sha256: str
+
+
+class Report(_Stored):
+    """One bench of one artifact."""
+
+    schema_version: int = Field(default=SCHEMA, alias="schema")
+    created: str
+    dlp_deploy: str
+    artifact: str
+    model: str
+    command: dict[str, Any] = Field(description="the arguments that repeat this bench")
+    environment: Environment
+    evaluation: Evaluated | None
+    all_loaded: bool = Field(description="whether all models were in memory at once")
+    runs: tuple[Run, ...]
+    comparisons: tuple[Comparison, ...]
+    noise: NoiseRecord
+    warnings: tuple[str, ...]
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    def run(self, name: str) -> Run:
+        return next(run for run in self.runs if run.name == name)
+
+    def speedup_over(self, run: str, baseline: str | None) -> Comparison | None:
+        """The comparison of `run` with `baseline`, or None where one of them was not timed."""
+        matching = (c for c in self.comparisons if (c.run, c.baseline) == (run, baseline))
+        return next(matching, None)
+
+    @property
+    def dense_fp32(self) -> str | None:
+        """The baseline of the paper's comparison, if it was timed."""
+        return next(
+            (run.name for run in self.runs if run.dense and run.tpot_ms and run.precision == "fp32"), None
+        )
+
+    @property
+    def best_dense(self) -> str | None:
+        """The dense baseline with the shortest median time per token."""
+        medians = {run.name: run.tpot_ms.p50 for run in self.runs if run.dense and run.tpot_ms}
+        return min(medians, key=lambda name: medians[name], default=None)
+
+
+def to_json(report: Report) -> str:
+    return report.model_dump_json(indent=2, by_alias=True) + "\n"
+
+
+def read_report(path: Path) -> Report:
+    """Read a report.json. Raises UserError when it is missing, unreadable or of an unknown schema."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}); give the report.json of a bench"
+        ) from None
+    try:
+        return Report.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{path} is no bench report: {field or 'JSON'}: {first['msg']}") from None
+
+
+def json_schema() -> str:
+    """The JSON Schema of report.json, as kept in schema/report.json."""
+    return json.dumps(Report.model_json_schema(by_alias=True), indent=2) + "\n"

@@ -1,0 +1,170 @@
+"""One bench from request to report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..artifact import CHECKPOINT, Manifest, check_files, newest_artifact, read_manifest
+from ..calibration import TokenWindows, evaluation_windows
+from ..errors import UserError
+from ..families import decoder_of
+from ..models import ModelFiles, load_config, load_tokenizer
+from ..progress import say
+from ..storage import atomic_path, refuse_existing, write_text
+from . import REPORT
+from .assemble import compare_runs, describe_environment, noise_record, run_record, warnings
+from .machine import choose_cores, require_avx2
+from .measure import Noise, Outcome, Workload, measure, measure_perplexity
+from .plan import Candidate, plan_runs
+from .plot import draw
+from .present import to_csv, to_markdown
+from .report import Evaluated, Report, to_json
+
+_PATHS = ("artifact", "output", "force")
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of `bench`."""
+
+    artifact: Path | None
+    engine: str
+    cores: int | None
+    baseline: str | None
+    prompt_tokens: int
+    new_tokens: int
+    context: int | None
+    repeats: int
+    eval_data: str
+    eval_windows: int
+    eval_tokens: int
+    output: Path | None
+    force: bool
+
+
+def run_bench(request: Request) -> Report:
+    """Check the request, measure, and write the report. Raises UserError before anything is measured."""
+    artifact = request.artifact or newest_artifact()
+    manifest = read_manifest(artifact)
+    output = request.output or artifact.parent / f"{artifact.name}.bench" / REPORT
+    refuse_existing(output, request.force)
+    require_avx2()
+    cores = choose_cores(request.cores)
+    candidates = plan_runs(artifact, manifest, request.engine, request.baseline)
+    _check_candidates(artifact, manifest, candidates)
+    files = ModelFiles(manifest.source.name, str(artifact), artifact / CHECKPOINT)
+    workload, windows = _workload(request, files, cores)
+    say(f"Measuring {', '.join(candidate.name for candidate in candidates)}")
+    outcomes, noise, together = measure(candidates, workload)
+    if windows is not None:
+        measure_perplexity(outcomes, windows.ids.numpy(), cores)
+    report = _report(request, artifact, manifest, workload, windows, outcomes, noise, together)
+    write_report(report, output)
+    return report
+
+
+def write_report(report: Report, path: Path) -> None:
+    """Write report.json at `path`, and .md, .csv and .png beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path.with_suffix(".md"), to_markdown(report))
+    write_text(path.with_suffix(".csv"), to_csv(report))
+    with atomic_path(path.with_suffix(".png")) as temporary:
+        draw(report, temporary)
+    # Last: where report.json is, the others are too.
+    write_text(path.with_suffix(".json"), to_json(report))
+    say(f"Report: {path.with_suffix('.json')}, and .md, .csv and .png beside it")
+
+
+def _check_candidates(artifact: Path, manifest: Manifest, candidates: Sequence[Candidate]) -> None:
+    if not candidates:
+        raise UserError(f"nothing to measure in {artifact}: no engine and no baseline")
+    read = {candidate.reference.relative_to(artifact).as_posix() for candidate in candidates}
+    read |= {CHECKPOINT for candidate in candidates if candidate.engine.reads == CHECKPOINT}
+    check_files(artifact, manifest, [f"{folder}/" for folder in sorted(read)])
+
+
+def _workload(
+    request: Request, files: ModelFiles, cores: tuple[int, ...]
+) -> tuple[Workload, TokenWindows | None]:
+    """The tokens to time on, and those for the perplexity; both are real text."""
+    context = request.context or request.prompt_tokens + request.new_tokens
+    positions = decoder_of(load_config(files)).max_positions
+    _check_lengths(request, context, positions)
+    tokenizer = load_tokenizer(files)
+    text = evaluation_windows(request.eval_data, tokenizer, 1, context - request.new_tokens)
+    workload = Workload(
+        cores=cores,
+        ids=np.ascontiguousarray(text.ids[0].numpy()),
+        prompt_tokens=request.prompt_tokens,
+        new_tokens=request.new_tokens,
+        context=context,
+        repeats=request.repeats,
+    )
+    if not request.eval_windows:
+        return workload, None
+    length = min(request.eval_tokens, positions)
+    return workload, evaluation_windows(request.eval_data, tokenizer, request.eval_windows, length)
+
+
+def _check_lengths(request: Request, context: int, positions: int) -> None:
+    if request.prompt_tokens < 1:
+        raise UserError(f"--prompt-tokens {request.prompt_tokens}: at least 1 is needed")
+    if request.new_tokens < 2:
+        raise UserError(
+            f"--new-tokens {request.new_tokens}: at least 2 are needed to time one after the first"
+        )
+    if request.repeats < 1:
+        raise UserError(f"--repeats {request.repeats}: at least 1 is needed")
+    if context < request.prompt_tokens + request.new_tokens:
+        needed = request.prompt_tokens + request.new_tokens
+        raise UserError(f"--context {context} is too short for prompt and new tokens; use {needed} or more")
+    if context > positions:
+        raise UserError(f"a context of {context} is longer than the {positions} positions of the model")
+
+
+def _report(
+    request: Request,
+    artifact: Path,
+    manifest: Manifest,
+    workload: Workload,
+    windows: TokenWindows | None,
+    outcomes: Sequence[Outcome],
+    noise: Noise,
+    together: bool,
+) -> Report:
+    runs = tuple(run_record(outcome, workload) for outcome in outcomes)
+    recorded = noise_record(noise)
+    return Report(
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        dlp_deploy=version("dlp-deploy"),
+        artifact=artifact.name,
+        model=manifest.source.name,
+        command=_command(request, workload),
+        environment=describe_environment(workload.cores, outcomes),
+        evaluation=_evaluated(request, windows),
+        all_loaded=together,
+        runs=runs,
+        comparisons=compare_runs(outcomes),
+        noise=recorded,
+        warnings=warnings(runs, recorded),
+    )
+
+
+def _command(request: Request, workload: Workload) -> dict[str, Any]:
+    """The arguments of this bench but its paths, with what was chosen for those left out."""
+    arguments = {name: value for name, value in asdict(request).items() if name not in _PATHS}
+    return {**arguments, "cores": len(workload.cores), "context": workload.context}
+
+
+def _evaluated(request: Request, windows: TokenWindows | None) -> Evaluated | None:
+    if windows is None:
+        return None
+    count, length = windows.ids.shape
+    return Evaluated(data=request.eval_data, windows=count, tokens_per_window=length, sha256=windows.sha256)
