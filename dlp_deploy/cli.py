@@ -247,7 +247,7 @@ def serve(
 ) -> None:
     """Serve an artifact over HTTP as OpenAI's API does: completions and chat, streaming."""
     options = locals().copy()
-    from .serve import serve
+    from .serving import serve
 
     serve(**options)
 
@@ -308,15 +308,23 @@ def recipe_check(
 
 @recipe_app.command("apply")
 def recipe_apply(
-    masks: Annotated[Path, typer.Argument(help="masks.safetensors, or the artifact that holds it.")],
+    source: Annotated[str, typer.Argument(help="A mask file, the artifact that holds one, or a recipe.")],
     model: Annotated[str, typer.Option(help="The checkpoint to prune, e.g. a fine-tune of the same model.")],
     output: Annotated[Path, typer.Option(help="Folder to write.")],
     force: Force = False,
+    calib: Calib = "c4",
+    nsamples: Samples = 128,
+    seqlen: Length = 2048,
+    seed: Seed = 0,
 ) -> None:
-    """Zero the weights of a checkpoint that the masks prune."""
+    """Zero the weights of a checkpoint that masks prune, or prune it as a recipe says.
+
+    Masks need no calibration text; they fit any fine-tune of the model that they were made for.
+    """
+    options = locals().copy()
     from .recipes import apply
 
-    print(apply(masks, model, output, force))
+    print(apply(**options))
 
 
 @engine_app.command("list")
