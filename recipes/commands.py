@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..artifact import MASKS
+from ..artifact import MASKS, read_manifest
 from ..errors import UserError
 from ..families import decoder_of
 from ..models import load_config, resolve_model
 from .masked_checkpoint import Applied, apply_masks
+from .masks import open_masks
 from .plan import PruningPlan, check_recipe, plan_of
 from .ready_made import load_recipe
 from .recipe import KINDS, MagnitudePruningModifier, Modifier, Recipe, recipe_yaml
@@ -72,10 +73,57 @@ def _is_unsupported(modifier: Modifier) -> bool:
     return isinstance(modifier, MagnitudePruningModifier) and ":" in modifier.mask_structure
 
 
-def apply(masks: str | Path, model: str, output: str | Path, force: bool = False) -> Applied:
-    """Write the checkpoint `model` to the folder `output` with the weights zeroed that `masks` prunes.
+def apply(
+    source: str | Path,
+    model: str,
+    output: str | Path,
+    force: bool = False,
+    calib: str = "c4",
+    nsamples: int = 128,
+    seqlen: int = 2048,
+    seed: int = 0,
+) -> Applied:
+    """Write `model`, pruned as `source` says, to the folder `output`.
 
-    `masks` is a masks.safetensors or the artifact that holds one. Raises UserError as `apply_masks` does.
+    `source` is a masks.safetensors or an artifact that holds one: the checkpoint `output` then has zeros
+    exactly where the masks have them. Or it is a recipe: `output` becomes an artifact, pruned by the
+    recipe's method to its sparsities, with the activations measured on the calibration text. Raises
+    UserError when the source does not fit the model, and as `apply_masks` and `prune` do.
     """
-    path = Path(masks)
-    return apply_masks(path / MASKS if path.is_dir() else path, model, Path(output), force)
+    path = Path(source)
+    if path.is_dir():
+        path = path / MASKS
+    if path.suffix == ".safetensors":
+        return apply_masks(path, model, Path(output), force)
+    return _apply_recipe(source, model, Path(output), force, calib, nsamples, seqlen, seed)
+
+
+def _apply_recipe(
+    recipe: str | Path,
+    model: str,
+    output: Path,
+    force: bool,
+    calib: str,
+    nsamples: int,
+    seqlen: int,
+    seed: int,
+) -> Applied:
+    from ..pruning import prune
+
+    checked = check(recipe, model)
+    if checked.plan is None:
+        raise UserError(f"{recipe} prunes nothing; give a recipe with a pruning modifier, or a mask file")
+    artifact = prune(
+        model,
+        recipe=recipe,
+        output=output,
+        force=force,
+        calib=calib,
+        nsamples=nsamples,
+        seqlen=seqlen,
+        seed=seed,
+    )
+    pruning = read_manifest(artifact).pruning
+    weights = sum(block.weights for block in pruning.blocks)
+    masks = len(open_masks(artifact / MASKS).names())
+    return Applied(artifact, masks, weights, pruning.sparsity, round(weights * pruning.sparsity))

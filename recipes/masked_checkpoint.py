@@ -23,13 +23,19 @@ _COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja")
 
 @dataclass(frozen=True)
 class Applied:
-    """What applying masks did: `sparsity` over the masked weights, and how many of them it newly zeroed."""
+    """What masks or a recipe did to a checkpoint: `sparsity` over the masked weights, `zeroed` new zeros."""
 
     output: Path
     masks: int
     weights: int
     sparsity: float
     zeroed: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.output}: {self.masks} masks over {self.weights:,} weights, sparsity {self.sparsity:.4f}; "
+            f"{self.zeroed:,} weights became zero"
+        )
 
 
 def apply_masks(masks: Path, model: str, output: Path, force: bool = False) -> Applied:

@@ -66,3 +66,26 @@ def test_what_was_not_checked_is_said(tmp_path):
 def test_applying_the_masks_of_an_artifact_without_any(tiny_checkpoint, tmp_path):
     with pytest.raises(UserError, match=r"masks\.safetensors: no such mask file"):
         apply(tmp_path, str(tiny_checkpoint("llama")), tmp_path / "out")
+
+
+def test_applying_a_recipe_prunes_as_it_says(tiny_checkpoint, tmp_path):
+    applied = apply(
+        "uniform-70",
+        str(tiny_checkpoint("llama")),
+        tmp_path / "out",
+        calib="builtin",
+        nsamples=2,
+        seqlen=32,
+    )
+    assert applied.sparsity == pytest.approx(0.7, abs=1e-3)
+    assert applied.masks == 3 * 7
+    again = apply(tmp_path / "out", str(tiny_checkpoint("llama")), tmp_path / "masked")
+    assert again.zeroed == applied.zeroed
+    assert "21 masks" in str(again)
+
+
+def test_applying_a_recipe_that_prunes_nothing(tiny_checkpoint, tmp_path):
+    recipe = recipe_file(tmp_path, "a_stage: {b_modifiers: {QuantizationModifier: {scheme: W8A8}}}")
+    with pytest.raises(UserError, match="prunes nothing"):
+        apply(recipe, str(tiny_checkpoint("llama")), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
