@@ -8,9 +8,9 @@ from pathlib import Path
 
 from ..artifact import CHECKPOINT, RECIPE, Export, Precision, list_files, read_manifest, write_manifest
 from ..errors import UserError
-from ..families import family_of
+from ..families import decoder_of
 from ..models import ModelFiles, load_config, resolve_model
-from ..recipes.plan import recipe_from_pruning
+from ..recipes.plan import group_size_of, recipe_from_pruning
 from ..recipes.recipe import write_recipe
 from ..unfinished import LOCK, WORK
 from .plan import Graph
@@ -30,8 +30,11 @@ def add_graphs(artifact: Path, graphs: Sequence[Graph], dense: ModelFiles | None
     exports = export_graphs(artifact, pruned, dense, graphs)
     added = {export.path for export in exports}
     kept = [export for export in manifest.exports if export.path not in added]
-    family = family_of(load_config(pruned))
-    write_recipe(artifact / RECIPE, recipe_from_pruning(manifest.pruning, family, _own_precision(exports)))
+    decoder = decoder_of(load_config(pruned))
+    recipe = recipe_from_pruning(
+        manifest.pruning, decoder.family, _own_precision(exports), group_size_of(decoder)
+    )
+    write_recipe(artifact / RECIPE, recipe)
     known = [file for file in manifest.files if file.path != RECIPE]
     files = tuple(
         file for file in list_files(artifact, known) if not file.path.startswith((f"{WORK}/", LOCK))
