@@ -12,13 +12,14 @@ from ..artifact import Export, OutputCheck
 from ..bench.engines import engine_named
 from ..bench.environments import list_engines
 from ..checkpoint import open_checkpoint
-from ..families import decoder_of
+from ..families import Decoder, decoder_of
 from ..models import ModelFiles, load_config
 from ..progress import progress, say
 from ..storage import partial_folder, write_text
 from .decoder import Weights
 from .plan import Graph
 from .reference import Reference, torch_reference, write_reference
+from .smooth import SmoothedWeights, Smoothing, measure_smoothing
 from .verify import (
     check_structure,
     compare_logits,
@@ -43,13 +44,24 @@ COMPANIONS = (
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint to export, and what torch says of it (computed when first asked for)."""
+    """A checkpoint to export, and what is learnt from running it in torch (when first asked for)."""
 
     files: ModelFiles
 
     @cached_property
     def reference(self) -> Reference:
         return torch_reference(self.files)
+
+    @cached_property
+    def smoothing(self) -> Smoothing:
+        return measure_smoothing(self.files)
+
+    def weights(self, graph: Graph, decoder: Decoder) -> Weights:
+        """The weights as `graph` wants them: smoothed where activations have one scale per token."""
+        checkpoint = open_checkpoint(self.files)
+        if graph.engine == "deepsparse" and graph.precision != "fp32":
+            return SmoothedWeights(checkpoint, decoder, self.smoothing)
+        return Weights(checkpoint, decoder)
 
 
 def export_graphs(
@@ -85,7 +97,7 @@ def _export_one(artifact: Path, source: Source, graph: Graph) -> Export:
 def _write_and_verify(folder: Path, companions: Path, source: Source, graph: Graph) -> Export:
     config = load_config(source.files)
     decoder = decoder_of(config)
-    weights = Weights(open_checkpoint(source.files), decoder)
+    weights = source.weights(graph, decoder)
     with progress(f"Exporting {graph.label}", decoder.blocks) as advance:
         written = write_graph(folder, graph, weights, decoder, config, advance)
     for name in COMPANIONS:

@@ -66,7 +66,7 @@ def _linears(graph: Graph) -> tuple[Linears, tuple[str, ...]]:
         return onnxruntime.BlockLinears(bits, BLOCK_SIZE), (
             f"weights: {bits} bit, one scale per {BLOCK_SIZE} inputs",
         )
-    scheme = f"weights: {bits} bit, one scale per output channel; activations: int8, one scale per token"
+    scheme = f"smoothed; weights: {bits} bit, one scale per channel; activations: int8, one scale per token"
     if bits == 4:
         return deepsparse.Int8Linears(bits=4), (
             scheme,

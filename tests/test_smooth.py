@@ -1,0 +1,81 @@
+"""Smoothing changes nothing but what is rounded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from dlp_deploy.checkpoint import open_checkpoint
+from dlp_deploy.export.decoder import Weights
+from dlp_deploy.export.quantize import quantize_per_channel
+from dlp_deploy.export.smooth import SmoothedWeights, measure_smoothing
+from dlp_deploy.families import decoder_of
+from dlp_deploy.models import load_config, resolve_model
+
+IDS = torch.arange(40)[None] * 11 % 500
+
+
+def with_weights(folder: Path, weights: Weights) -> torch.nn.Module:
+    """The model of `folder`, run by transformers, with the tensors that `weights` says."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        for name, module in model.model.named_modules(prefix="model"):
+            if isinstance(module, torch.nn.Linear):
+                module.weight.copy_(torch.from_numpy(weights.linear(name)))
+                if module.bias is not None:
+                    module.bias.copy_(torch.from_numpy(weights.bias(name)))
+            elif name.endswith("norm"):
+                module.weight.copy_(torch.from_numpy(weights.array(f"{name}.weight")))
+    return model
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module) -> np.ndarray:
+    return model(IDS).logits[0].numpy()
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-tied", "llama-bias", "mistral", "qwen2", "qwen3"])
+def test_the_smoothed_model_is_the_same_function(kind: str, tiny_checkpoint: Callable[[str], Path]) -> None:
+    files = resolve_model(str(tiny_checkpoint(kind)))
+    checkpoint, decoder = open_checkpoint(files), decoder_of(load_config(files))
+    smoothed = SmoothedWeights(checkpoint, decoder, measure_smoothing(files))
+    before = Weights(checkpoint, decoder).linear("model.layers.1.mlp.down_proj")
+    assert not np.allclose(smoothed.linear("model.layers.1.mlp.down_proj"), before, rtol=0.01)
+    expected = logits(AutoModelForCausalLM.from_pretrained(files.folder))
+    np.testing.assert_allclose(logits(with_weights(files.folder, smoothed)), expected, atol=2e-4, rtol=1e-4)
+
+
+def int8_error(folder: Path, weights: Weights, expected: np.ndarray) -> float:
+    """Mean logit error with weights int8 per channel and activations int8 per token."""
+    model = with_weights(folder, weights)
+
+    def quantize_input(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+        scale = inputs[0].abs().amax(-1, keepdim=True) / 127
+        return (torch.round(inputs[0] / scale) * scale,)
+
+    for name, module in model.model.named_modules(prefix="model"):
+        if isinstance(module, torch.nn.Linear):
+            restored = quantize_per_channel(weights.linear(name)).dequantize()
+            module.weight = torch.nn.Parameter(torch.from_numpy(restored))
+            module.register_forward_pre_hook(quantize_input)
+    return float(np.abs(logits(model) - expected).mean())
+
+
+def test_outlier_channels_cost_less_when_smoothed(llama_folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(llama_folder)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.input_layernorm.weight[3] *= 60
+            layer.post_attention_layernorm.weight[5] *= 60
+    model.save_pretrained(llama_folder)
+    files = resolve_model(str(llama_folder))
+    checkpoint, decoder = open_checkpoint(files), decoder_of(load_config(files))
+    expected = logits(AutoModelForCausalLM.from_pretrained(llama_folder))
+    plain = int8_error(llama_folder, Weights(checkpoint, decoder), expected)
+    eased = int8_error(llama_folder, SmoothedWeights(checkpoint, decoder, measure_smoothing(files)), expected)
+    assert eased < 0.8 * plain
