@@ -4,6 +4,7 @@ Each command of `dlp-deploy` is one function here, with the same arguments. `ben
 both a function and a subpackage: `from dlp_deploy.bench.report import read_report` works as usual.
 """
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from .bench import bench
@@ -13,12 +14,24 @@ from .prune_export import prune_export
 
 if TYPE_CHECKING:
     from .evaluation import evaluate
+    from .export.pack import pack, unpack
     from .pruning import prune
+    from .serving import serve
 
-# Imported when first used, as each brings torch with it.
-_LAZY = {"evaluate": "evaluation", "prune": "pruning"}
+# ONNX Runtime from 1.29 on reports model names, hashes and timings to its makers, unless told not to before
+# it loads. Worker processes inherit this.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
-__all__ = ["UserError", "bench", "evaluate", "export", "prune", "prune_export"]
+# Imported when first used, as most bring torch with them.
+_LAZY = {
+    "evaluate": "evaluation",
+    "pack": "export.pack",
+    "prune": "pruning",
+    "serve": "serving",
+    "unpack": "export.pack",
+}
+
+__all__ = ["UserError", "bench", "evaluate", "export", "pack", "prune", "prune_export", "serve", "unpack"]
 
 
 def __getattr__(name: str) -> Any:
