@@ -16,6 +16,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from .errors import UserError, first_line
@@ -37,6 +38,13 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+EXPONENT_BITS: dict[torch.dtype, tuple[Any, Any]] = {
+    torch.float64: (np.uint64, np.uint64(0x7FF0_0000_0000_0000)),
+    torch.float32: (np.uint32, np.uint32(0x7F80_0000)),
+    torch.float16: (np.uint16, np.uint16(0x7C00)),
+    torch.bfloat16: (np.uint16, np.uint16(0x7F80)),
+}
+CHUNK = 1 << 16
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -74,7 +82,7 @@ class Checkpoint:
         """A tensor in its stored dtype. Raises UserError naming tensor and file when it holds NaN or Inf."""
         stored = self._tensors[name]
         tensor = stored.read()
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not is_finite(tensor):
             raise UserError(f"{stored.file}: tensor {name} holds NaN or Inf; get an intact checkpoint")
         return tensor
 
@@ -82,6 +90,17 @@ class Checkpoint:
     def sha256(self) -> str:
         """Digest of all tensors; reads the whole checkpoint, one tensor in memory at a time."""
         return combined_sha256({name: tensor_sha256(self.tensor(name)) for name in self._tensors})
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a floating-point tensor on the CPU holds neither NaN nor Inf.
+
+    Both have all bits of the exponent set; looking at these is many times faster than torch.isfinite.
+    """
+    integer, exponent = EXPONENT_BITS[tensor.dtype]
+    bits = np.frombuffer(_bytes_of(tensor), integer)
+    chunks = (bits[start : start + CHUNK] for start in range(0, len(bits), CHUNK))
+    return all(((chunk & exponent) != exponent).all() for chunk in chunks)
 
 
 def tensor_sha256(tensor: torch.Tensor) -> str:

@@ -63,10 +63,10 @@ def parse_pattern(text: str) -> Pattern:
 
 @dataclass(frozen=True)
 class Pruned:
-    """Outcome for one matrix: the keep-mask, and the weights with zeros where it is False."""
+    """Outcome for one matrix: the keep-mask, and new weights (zero where it is False) if kept ones change."""
 
     keep: torch.Tensor
-    weight: torch.Tensor
+    weight: torch.Tensor | None = None
 
 
 def kept_of(weights: int, sparsity: float) -> int:
@@ -116,8 +116,8 @@ def prune_magnitude(
 ) -> Pruned:
     structure = pattern.for_sparsity(sparsity)
     if structure is None:
-        return _zeroed(weight, magnitude_keep(weight, sparsity))
-    return _zeroed(weight, structured_keep(weight.abs(), *structure))
+        return Pruned(magnitude_keep(weight, sparsity))
+    return Pruned(structured_keep(weight.abs(), *structure))
 
 
 def prune_wanda(
@@ -127,12 +127,8 @@ def prune_wanda(
     assert inputs is not None
     structure = pattern.for_sparsity(sparsity)
     if structure is None:
-        return _zeroed(weight, wanda_keep(weight, inputs, sparsity))
-    return _zeroed(weight, structured_keep(weight.abs() * inputs, *structure))
-
-
-def _zeroed(weight: torch.Tensor, keep: torch.Tensor) -> Pruned:
-    return Pruned(keep, weight.masked_fill(~keep, 0))
+        return Pruned(wanda_keep(weight, inputs, sparsity))
+    return Pruned(structured_keep(weight.abs() * inputs, *structure))
 
 
 def prune_sparsegpt(

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
 
 from .activations import Inputs, Kind, measure_inputs
 from .artifact import CHECKPOINT
@@ -141,15 +141,18 @@ def _prune_block(run: Run, index: int, sparsity: float) -> None:
     masks: dict[str, PackedMask] = {}
     kept = 0
     for linear, name in run.model.linear_weights(index).items():
-        module, source = block.linears[linear], tensors[name]
+        weight = block.linears[linear].weight.detach()
         known = None if inputs is None else inputs.of(linear)
-        pruned = run.method.prune(module.weight.detach(), known, sparsity, run.pattern)
-        tensors[name] = pruned.weight.to("cpu", source.dtype)
+        pruned = run.method.prune(weight, known, sparsity, run.pattern)
+        keep = pruned.keep.cpu()
+        masks[name] = _packed(keep, tensors[name], digests[name])
+        kept += int(np.count_nonzero(keep.numpy()))
+        if pruned.weight is None:
+            tensors[name].masked_fill_(~keep, 0)
+        else:
+            tensors[name] = pruned.weight.to("cpu", tensors[name].dtype)
         # The next block sees what the checkpoint will hold, rounded to its dtype.
-        rounded = tensors[name].to(run.model.device, torch.float32)
-        module.weight = nn.Parameter(rounded, requires_grad=False)
-        masks[name] = _packed(pruned.keep, source, digests[name])
-        kept += int(pruned.keep.sum())
+        weight.copy_(tensors[name])
     write_shard(run.shard(index + 1), tensors)
     # The digest of the whole model is not known before the last block; the merged file gets it.
     write_masks(run.masks(index), masks, identity_of(run.model.decoder, run.model.checkpoint.location, ""))

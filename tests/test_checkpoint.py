@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from dlp_deploy.checkpoint import Checkpoint, open_checkpoint, shard_name, write_index, write_shard
+from dlp_deploy.checkpoint import Checkpoint, is_finite, open_checkpoint, shard_name, write_index, write_shard
 from dlp_deploy.errors import UserError
 from dlp_deploy.models import resolve_model
 
@@ -146,3 +146,16 @@ def test_full_disk_is_named_and_leaves_no_file(tmp_path: Path) -> None:
     with file_size_limit(100_000), pytest.raises(UserError, match=r"no room to write .*a\.safetensors"):
         write_shard(tmp_path / "a.safetensors", {"t": torch.zeros(100_000)})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_finite_is_what_torch_says(dtype: torch.dtype) -> None:
+    limits = torch.finfo(dtype)
+    fine = torch.tensor([0.0, -0.0, limits.max, limits.min, limits.tiny, limits.smallest_normal], dtype=dtype)
+    many = fine.repeat(30_000)
+    assert is_finite(many)
+    for value in (float("nan"), -float("nan"), float("inf"), -float("inf")):
+        for place in (0, 90_001, -1):
+            spoiled = many.clone()
+            spoiled[place] = value
+            assert not is_finite(spoiled)

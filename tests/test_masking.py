@@ -95,15 +95,7 @@ def test_patterns_hold_in_every_method(method: str, pattern: str) -> None:
     group = int(pattern[2:])
     kept = {"2:4": 2, "4:8": 4, "N:8": 3}[pattern]
     assert (pruned.keep.reshape(-1, group).sum(1) == kept).all()
-    assert torch.equal(pruned.weight == 0, ~pruned.keep)
-
-
-@pytest.mark.parametrize("method", ["magnitude", "wanda"])
-def test_kept_weights_are_untouched(method: str) -> None:
-    torch.manual_seed(0)
-    weight = torch.randn(9, 33)
-    pruned = METHODS[method].prune(weight, torch.rand(33), 0.6, ANYWHERE)
-    assert torch.equal(pruned.weight, torch.where(pruned.keep, weight, 0.0))
+    assert pruned.weight is None or torch.equal(pruned.weight == 0, ~pruned.keep)
 
 
 def obs_reference(weight: np.ndarray, gram: np.ndarray, keep: np.ndarray) -> np.ndarray:
@@ -127,6 +119,7 @@ def test_sparsegpt_updates_are_those_of_optimal_brain_surgeon(pattern: str) -> N
     inputs = correlated_inputs(136)
     weight, gram = torch.randn(12, 136), inputs.T @ inputs
     pruned = prune_sparsegpt(weight, gram, 0.5, parse_pattern(pattern))
+    assert pruned.weight is not None
     expected = obs_reference(weight.numpy(), gram.numpy(), pruned.keep.numpy())
     np.testing.assert_allclose(pruned.weight.numpy(), expected, atol=2e-3)
 
@@ -148,6 +141,7 @@ def test_sparsegpt_reconstructs_better_than_its_own_mask_alone(sparsity: float) 
     inputs = correlated_inputs(150)
     weight = torch.randn(20, 150)
     pruned = prune_sparsegpt(weight, inputs.T @ inputs, sparsity, ANYWHERE)
+    assert pruned.weight is not None
     assert int(pruned.keep.sum()) == round(weight.numel() * (1 - sparsity))
     masked = weight.masked_fill(~pruned.keep, 0)
     error, without_update = ((inputs @ (w - weight).T).square().sum() for w in (pruned.weight, masked))
@@ -161,6 +155,7 @@ def test_sparsegpt_with_dead_inputs() -> None:
     inputs = correlated_inputs(40)
     inputs[:, 7] = 0
     pruned = prune_sparsegpt(torch.randn(6, 40), inputs.T @ inputs, 0.5, ANYWHERE)
+    assert pruned.weight is not None
     assert torch.isfinite(pruned.weight).all()
     assert (pruned.weight[:, 7] == 0).all()
 
