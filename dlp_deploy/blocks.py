@@ -118,10 +118,15 @@ class BlockModel:
         tied = self.decoder.tied_embeddings
         name = f"{family.embedding if tied else family.head}.weight"
         head = self.checkpoint.tensor(name).to(self.device, torch.float32)
-        norm = self._model.get_submodule(family.final_norm)
+        for states in self.final_states(hidden):
+            yield states @ head.T
+
+    @torch.no_grad()
+    def final_states(self, hidden: HiddenStates) -> Iterator[torch.Tensor]:
+        """What enters the head, float32 [length, hidden] of each window: the states after the final norm."""
+        norm = self._model.get_submodule(self.decoder.family.final_norm)
         for window in range(hidden.shape[0]):
-            states = hidden.read(slice(window, window + 1))[0].to(self.device)
-            yield norm(states) @ head.T
+            yield norm(hidden.read(slice(window, window + 1))[0].to(self.device))
 
     def _load_outside(self) -> None:
         """Give weights to what is outside the blocks and small: all but embedding and head."""

@@ -86,7 +86,18 @@ def measure_smoothing(files: ModelFiles) -> Smoothing:
                     hidden.write(windows, block.run(hidden.read(windows).to(model.device)))
             _add_block(smoothing, decoder, index, peaks, block)
             advance()
+        _add_head(smoothing, model, hidden)
     return smoothing
+
+
+def _add_head(smoothing: Smoothing, model: BlockModel, hidden: HiddenStates) -> None:
+    family = model.decoder.family
+    input_peak = np.max(
+        [states.abs().amax(0).numpy(force=True) for states in model.final_states(hidden)], axis=0
+    )
+    weight_peak = np.abs(Weights(model.checkpoint, model.decoder).linear(family.head)).max(axis=0)
+    factors = smoothing_factors(input_peak, weight_peak)
+    smoothing.columns[family.head] = smoothing.norms[family.final_norm] = factors
 
 
 @contextmanager

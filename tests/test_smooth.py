@@ -23,6 +23,8 @@ IDS = torch.arange(40)[None] * 11 % 500
 def with_weights(folder: Path, weights: Weights) -> torch.nn.Module:
     """The model of `folder`, run by transformers, with the tensors that `weights` says."""
     model = AutoModelForCausalLM.from_pretrained(folder)
+    # A head of its own: the exporter writes one, tied or not.
+    model.lm_head.weight = torch.nn.Parameter(torch.from_numpy(weights.linear("lm_head")))
     with torch.no_grad():
         for name, module in model.model.named_modules(prefix="model"):
             if isinstance(module, torch.nn.Linear):
