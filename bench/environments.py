@@ -57,7 +57,11 @@ def install(name: str) -> Path:
 
     Raises UserError when no suitable Python is on the machine or the packages cannot be had.
     """
-    engine = engine_named(name)
+    return install_engine(engine_named(name))
+
+
+def install_engine(engine: Engine) -> Path:
+    """The same for an engine that need not be among those of this project."""
     if engine.lock is None:
         return _main_interpreter(engine)
     found = _installed_interpreter(engine)

@@ -27,7 +27,7 @@ from .workers import frames
 WORKERS = Path(_workers_file).parent
 # Generous: compiling a 7B model takes minutes. A worker that is still busy after this long hangs.
 TIME_LIMIT_S = 3600.0
-_TELLING = re.compile(r"assert|error|exception|terminate|abort|cannot|failed", re.IGNORECASE)
+_TELLING = re.compile(r"^assertion|error\b|exception|terminate|received signal", re.IGNORECASE)
 
 
 class WorkerError(RuntimeError):
