@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import platform
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -248,6 +249,14 @@ def _read(path: Path) -> str | None:
         return path.read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         return None
+
+
+def busy_share(cpus: Sequence[int], seconds: float = 0.5, root: Path = ROOT) -> float:
+    """Share of the time of the hardware threads `cpus` that is used now, watched for some `seconds`."""
+    before, start = processor_time(cpus, root), time.perf_counter()
+    time.sleep(seconds)
+    after, elapsed = processor_time(cpus, root), time.perf_counter() - start
+    return (sum(after.values()) - sum(before.values())) / (elapsed * len(cpus))
 
 
 def processor_time(cpus: Sequence[int], root: Path = ROOT) -> dict[str, float]:

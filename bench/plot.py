@@ -48,7 +48,7 @@ def _latency_bars(axes: Axes, runs: list[Run]) -> None:
             max(middle, high) + 0.015 * longest, row, f"{middle:.3g}", va="center", fontsize=9, color=INK
         )
     axes.set_yticks(range(len(runs)), [run.name for run in runs], fontsize=9)
-    axes.set_ylim(len(runs) - 0.5, -0.5)
+    axes.set_ylim(max(1, len(runs)) - 0.5, -0.5)
     axes.set_xlim(0, 1.14 * longest)
     _legend(axes, {"dense": DENSE, "sparse": SPARSE})
 
@@ -79,7 +79,7 @@ def _speedup_bars(axes: Axes, report: Report, runs: list[Run]) -> None:
             )
     axes.axvline(1, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
     axes.set_yticks(range(len(runs)), [run.name for run in runs], fontsize=9)
-    axes.set_ylim(len(runs) - 0.5, -0.5)
+    axes.set_ylim(max(1, len(runs)) - 0.5, -0.5)
     axes.set_xlim(0, 1.2 * highest)
     colors = {f"over {name}": FP32 if name == report.dense_fp32 else BEST for name in baselines}
     _legend(axes, colors)

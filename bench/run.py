@@ -20,13 +20,15 @@ from ..progress import say
 from ..storage import atomic_path, refuse_existing, write_text
 from . import REPORT
 from .assemble import compare_runs, describe_environment, noise_record, run_record, warnings
-from .machine import choose_cores, require_avx2
+from .machine import busy_share, choose_cores, require_avx2
 from .measure import Noise, Outcome, Workload, measure, measure_perplexity
 from .plan import Candidate, plan_runs
 from .plot import draw
 from .present import to_csv, to_markdown
 from .report import Evaluated, Report, to_json
 
+# Other work on the cores beyond this is worth a word before minutes are spent.
+BUSY = 0.1
 _PATHS = ("artifact", "output", "force")
 
 
@@ -62,6 +64,10 @@ def run_bench(request: Request) -> Report:
     files = ModelFiles(manifest.source.name, str(artifact), artifact / CHECKPOINT)
     workload, windows = _workload(request, files, cores)
     say(f"Measuring {', '.join(candidate.name for candidate in candidates)}")
+    if (busy := busy_share(cores)) > BUSY:
+        say(
+            f"The cores to be measured on are already {busy:.0%} busy: figures will be worse, and less certain"
+        )
     outcomes, noise, together = measure(candidates, workload)
     if windows is not None:
         measure_perplexity(outcomes, windows.ids.numpy(), cores)

@@ -1,0 +1,286 @@
+"""The bench from artifact to report, in the real engines on a small artifact."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from dlp_deploy.artifact import list_files, read_manifest, write_manifest
+from dlp_deploy.bench import bench, measure
+from dlp_deploy.bench.environments import install
+from dlp_deploy.bench.measure import fits_together
+from dlp_deploy.bench.present import print_report, to_csv, to_markdown
+from dlp_deploy.bench.report import SCHEMA_FILE, Report, json_schema, read_report, to_json
+from dlp_deploy.errors import UserError
+
+from .bench_artifacts import exported_artifact
+
+QUICK: dict[str, Any] = {"cores": 1, "prompt_tokens": 20, "new_tokens": 6, "repeats": 2, "eval_windows": 0}
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[[str], Path]) -> Path:
+    return exported_artifact(tiny_checkpoint("llama"), tmp_path_factory.mktemp("bench") / "tiny-s70")
+
+
+@pytest.fixture(scope="module")
+def report(artifact: Path) -> Report:
+    install("deepsparse")
+    options = QUICK | {"context": 110, "eval_windows": 2, "eval_tokens": 60}
+    return bench(artifact, engine="all", **options)
+
+
+@pytest.fixture
+def copy(artifact: Path, tmp_path: Path) -> Path:
+    """An artifact of the test's own, to be damaged at will."""
+    return Path(shutil.copytree(artifact, tmp_path / "copy"))
+
+
+def reseal(artifact: Path) -> None:
+    """Make the manifest agree with the files, as if they had been exported so."""
+    manifest = read_manifest(artifact)
+    write_manifest(artifact, manifest.model_copy(update={"files": list_files(artifact)}))
+
+
+def test_every_run_is_measured(report: Report) -> None:
+    assert [run.name for run in report.runs] == [
+        "onnxruntime-fp32-dense",
+        "onnxruntime-int8-dense",
+        "deepsparse-fp32-s70",
+        "deepsparse-int8-s70",
+        "onnxruntime-fp32-s70",
+        "onnxruntime-int8-s70",
+        "torch-fp32-s70",
+    ]
+    for run in report.runs:
+        assert (run.status, run.reason) == ("ok", "")
+        assert (run.cores, run.prompt_tokens, run.new_tokens, run.context) == (1, 20, 6, 110)
+        assert run.tpot_ms is not None
+        assert run.ttft_ms is not None
+        assert len(run.samples_ms) == 2 * run.samples_per_round == 2 * 5
+        assert len(run.ttft_samples_ms) == 2
+        assert run.tpot_ms.p50 == pytest.approx(np.median(run.samples_ms))
+        assert run.tokens_per_s == pytest.approx(1000 / np.mean(run.samples_ms))
+        assert run.peak_rss_bytes is not None
+        assert run.peak_rss_bytes > run.weight_bytes
+        assert run.warm_ups >= 2
+
+
+def test_outputs_were_checked_before(report: Report) -> None:
+    for run in report.runs:
+        check = run.output_check
+        assert check is not None
+        assert check.positions == 33
+        if run.precision == "fp32":
+            assert check.limited == "max_rel_error"
+            assert check.max_rel_error is not None
+            assert check.max_rel_error < 1e-5
+        else:
+            assert check.limited == "mean_rel_error"
+            assert check.mean_rel_error is not None
+            assert check.mean_rel_error <= check.limit
+
+
+def test_perplexity_is_that_of_the_model_in_each_engine(report: Report) -> None:
+    found = {run.name: run.perplexity for run in report.runs}
+    sparse = found["torch-fp32-s70"]
+    assert sparse is not None
+    assert found["deepsparse-fp32-s70"] == pytest.approx(sparse, rel=1e-4)
+    assert found["onnxruntime-fp32-s70"] == pytest.approx(sparse, rel=1e-4)
+    assert found["deepsparse-int8-s70"] == pytest.approx(sparse, rel=0.05)
+    assert found["onnxruntime-fp32-dense"] != pytest.approx(sparse, rel=1e-3)
+    assert report.evaluation is not None
+    assert (report.evaluation.windows, report.evaluation.tokens_per_window) == (2, 60)
+
+
+def test_every_run_is_compared_with_every_dense_one(report: Report) -> None:
+    pairs = {(comparison.run, comparison.baseline) for comparison in report.comparisons}
+    dense = {run.name for run in report.runs if run.dense}
+    assert pairs == {(run.name, base) for run in report.runs for base in dense if run.name != base}
+    for comparison in report.comparisons:
+        assert comparison.ci95[0] <= comparison.speedup <= comparison.ci95[1]
+    assert report.dense_fp32 == "onnxruntime-fp32-dense"
+    assert report.best_dense in dense
+
+
+def test_the_environment_says_what_was_used(report: Report) -> None:
+    environment = report.environment
+    assert len(environment.cores_used) == 1
+    assert environment.memory_bandwidth_gbps > 0.1
+    assert environment.engines["deepsparse"].versions["deepsparse"] == "1.8.0"
+    assert "not open source" in environment.engines["deepsparse"].licence
+    assert set(environment.engines) == {"deepsparse", "onnxruntime", "torch"}
+    assert report.command["engine"] == "all"
+    assert report.command["context"] == 110
+
+
+def test_the_report_is_written_in_all_forms(report: Report, artifact: Path) -> None:
+    folder = artifact.parent / "tiny-s70.bench"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "report.csv",
+        "report.json",
+        "report.md",
+        "report.png",
+    ]
+    assert read_report(folder / "report.json") == report
+    assert (folder / "report.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    rows = list(csv.DictReader(io.StringIO((folder / "report.csv").read_text())))
+    assert [row["run"] for row in rows] == [run.name for run in report.runs]
+    text = (folder / "report.md").read_text()
+    assert all(run.name in text for run in report.runs)
+    assert all(warning in text for warning in report.warnings)
+    assert "not open source" in text
+
+
+def test_the_contract_of_the_report(report: Report) -> None:
+    stored = json.loads(to_json(report))
+    assert stored["schema"] == 1
+    run = next(run for run in stored["runs"] if run["name"] == "deepsparse-int8-s70")
+    assert run["engine"] == "deepsparse"
+    assert run["sparsity"] == pytest.approx(0.7, abs=0.01)
+    assert set(run["tpot_ms"]) == {"mean", "p50", "p90", "p99"}
+    assert {"max_rel_error", "greedy_match"} <= set(run["output_check"])
+    assert {"run", "baseline", "speedup", "ci95"} <= set(stored["comparisons"][0])
+
+
+def test_the_schema_file_is_that_of_the_code() -> None:
+    assert SCHEMA_FILE.read_text() == json_schema()
+
+
+def test_the_table_on_the_terminal(report: Report) -> None:
+    stream = io.StringIO()
+    print_report(report, Console(file=stream))
+    lines = stream.getvalue().splitlines()
+    for run in report.runs:
+        line = next(line for line in lines if line.strip().startswith(f"{run.name} "))
+        assert run.tpot_ms is not None
+        assert f" {run.tpot_ms.p50:.2f} " in line
+        assert f"{run.perplexity:.2f}" in line
+    assert any("decodes at" in line and "95% interval" in line for line in lines)
+
+
+def test_a_wrong_graph_is_reported_and_not_timed(copy: Path, tmp_path: Path) -> None:
+    """Weights of another model: the engine runs, and says something else."""
+    data = copy / "onnxruntime" / "model.onnx.data"
+    data.write_bytes(
+        np.random.default_rng(0).normal(0, 0.1, data.stat().st_size // 4).astype("<f4").tobytes()
+    )
+    reseal(copy)
+    report = bench(copy, engine="onnxruntime", output=tmp_path / "r.json", **QUICK)
+    run = report.run("onnxruntime-fp32-s70")
+    assert run.status == "wrong output"
+    assert "against torch" in run.reason
+    assert run.tpot_ms is None
+    assert run.samples_ms == ()
+    assert not [comparison for comparison in report.comparisons if comparison.run == run.name]
+    assert any("onnxruntime-fp32-s70 is not timed (wrong output)" in warning for warning in report.warnings)
+    assert report.run("onnxruntime-int8-s70").status == "ok"
+    assert "wrong output" in to_markdown(report)
+    assert "wrong output" in to_csv(report)
+
+
+def test_a_run_that_fails_ends_alone(copy: Path, tmp_path: Path) -> None:
+    (copy / "onnxruntime-int8" / "model.onnx").write_bytes(b"no model")
+    reseal(copy)
+    report = bench(copy, engine="onnxruntime", baseline="fp32", output=tmp_path / "r.json", **QUICK)
+    run = report.run("onnxruntime-int8-s70")
+    assert run.status == "failed"
+    assert "onnxruntime (load)" in run.reason
+    assert report.run("onnxruntime-fp32-s70").status == "ok"
+    stream = io.StringIO()
+    print_report(report, Console(file=stream))
+    assert "failed" in stream.getvalue()
+
+
+def test_with_little_memory_the_models_are_loaded_in_turn(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "available_memory", lambda: 1 << 20)
+    report = bench(artifact, engine="onnxruntime", baseline="fp32", output=tmp_path / "r.json", **QUICK)
+    assert not report.all_loaded
+    assert [run.status for run in report.runs] == ["ok"] * 3
+    assert all(len(run.samples_ms) == 10 for run in report.runs)
+
+
+def test_what_fits_together() -> None:
+    assert fits_together([10**9] * 3, 20 * 10**9)
+    assert not fits_together([10**9] * 3, 9 * 10**9)
+
+
+def test_no_baseline_means_no_speedup(artifact: Path, tmp_path: Path) -> None:
+    report = bench(artifact, engine="onnxruntime", baseline="none", output=tmp_path / "r.json", **QUICK)
+    assert report.comparisons == ()
+    assert any("no dense baseline" in warning for warning in report.warnings)
+    assert report.dense_fp32 is report.best_dense is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"engine": "deepspars"}, r"did you mean deepsparse\?"),
+        ({"engine": "sparseml"}, "runs recipes and generates no text"),
+        ({"engine": " , "}, "--engine is empty"),
+        ({"baseline": "int4"}, r"no dense int4 baseline \(it has fp32, int8\)"),
+        ({"cores": 10_000}, "--cores 10000: this machine has"),
+        ({"context": 25}, "--context 25 is too short .* use 26"),
+        ({"context": 1000}, "longer than the 256 positions"),
+        ({"prompt_tokens": 0}, "--prompt-tokens 0"),
+        ({"new_tokens": 1}, "--new-tokens 1"),
+        ({"repeats": 0}, "--repeats 0"),
+        ({"eval_data": "no-such-text.txt"}, "no-such-text.txt"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_is(
+    artifact: Path, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    arguments = {"engine": "onnxruntime", "output": tmp_path / "new" / "r.json", **QUICK, **options}
+    with pytest.raises(UserError, match=message):
+        bench(artifact, **arguments)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_report_is_not_overwritten_unless_forced(artifact: Path, tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text("mine")
+    with pytest.raises(UserError, match="--force"):
+        bench(artifact, engine="onnxruntime", output=tmp_path / "r.json", **QUICK)
+    assert (tmp_path / "r.json").read_text() == "mine"
+    options = QUICK | {"baseline": "none", "repeats": 1}
+    report = bench(artifact, engine="onnxruntime", output=tmp_path / "r.json", force=True, **options)
+    assert read_report(tmp_path / "r.json") == report
+
+
+def test_an_altered_graph_is_refused(copy: Path, tmp_path: Path) -> None:
+    with (copy / "onnxruntime" / "model.onnx.data").open("r+b") as stream:
+        stream.write(b"\x01")
+    with pytest.raises(UserError, match="altered after export"):
+        bench(copy, engine="onnxruntime", output=tmp_path / "r.json", **QUICK)
+
+
+def test_an_artifact_without_graphs_for_the_engine(copy: Path, tmp_path: Path) -> None:
+    manifest = read_manifest(copy)
+    kept = tuple(export for export in manifest.exports if export.engine != "deepsparse")
+    write_manifest(copy, manifest.model_copy(update={"exports": kept}))
+    with pytest.raises(UserError, match=r"no graphs for deepsparse \(it has onnxruntime\); add them with"):
+        bench(copy, output=tmp_path / "r.json", **QUICK)
+
+
+def test_what_is_no_artifact_and_what_is_no_report(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is no artifact"):
+        bench(tmp_path, **QUICK)
+    with pytest.raises(UserError, match="cannot be read"):
+        read_report(tmp_path / "none.json")
+    (tmp_path / "bad.json").write_text('{"schema": 1}')
+    with pytest.raises(UserError, match="is no bench report: created"):
+        read_report(tmp_path / "bad.json")
+    (tmp_path / "cut.json").write_text('{"schema": 1')
+    with pytest.raises(UserError, match="is no bench report"):
+        read_report(tmp_path / "cut.json")
