@@ -65,9 +65,7 @@ def run_bench(request: Request) -> Report:
     workload, windows = _workload(request, files, cores)
     say(f"Measuring {', '.join(candidate.name for candidate in candidates)}")
     if (busy := busy_share(cores)) > BUSY:
-        say(
-            f"The cores to be measured on are already {busy:.0%} busy: figures will be worse, and less certain"
-        )
+        say(f"The cores to be measured on are already {busy:.0%} busy: figures will be less certain")
     outcomes, noise, together = measure(candidates, workload)
     if windows is not None:
         measure_perplexity(outcomes, windows.ids.numpy(), cores)
