@@ -36,8 +36,11 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# mypy cannot follow the folders that are mapped into the package: it is shown a tree where they are.
 typecheck: $(INSTALLED)
-	$(BIN)/mypy
+	rm -rf build/typecheck && mkdir -p build/typecheck/dlp_deploy
+	ln -s $(addprefix $(CURDIR)/,$(wildcard dlp_deploy/*) export bench recipes) build/typecheck/dlp_deploy/
+	cd build/typecheck && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p dlp_deploy
 
 pytest: $(INSTALLED)
 	$(BIN)/pytest

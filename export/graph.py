@@ -98,7 +98,7 @@ class GraphWriter:
             return name
         self._data.write(b"\0" * (-self._data.tell() % ALIGNMENT))
         offset = self._data.tell()
-        self._data.write(memoryview(array).cast("B"))
+        self._data.write(array.data.cast("B"))
         tensor = TensorProto(
             name=name,
             data_type=helper.np_dtype_to_tensor_dtype(array.dtype),
