@@ -81,7 +81,7 @@ def run_record(outcome: Outcome, workload: Workload) -> Run:
         weight_bytes=candidate.weight_bytes,
         load_s=outcome.load_s or None,
         output_check=_agreement_record(outcome.agreement),
-        notes=candidate.notes,
+        notes=(*candidate.notes, *outcome.notes),
     )
     return run.model_copy(update=_measured(outcome)) if outcome.status == "ok" else run
 

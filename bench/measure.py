@@ -14,7 +14,7 @@ from ..artifact import OutputCheck
 from ..export.reference import Reference, read_reference
 from ..export.verify import compare_logits
 from ..perplexity import Perplexity, perplexity_of
-from ..progress import progress, say
+from ..progress import Advance, progress, say
 from .machine import available_memory, processor_time
 from .plan import Candidate
 from .statistics import is_stable
@@ -90,6 +90,7 @@ class Outcome:
     generations: list[Generation] = field(default_factory=list)
     peak_rss_bytes: int = 0
     perplexity: Perplexity | None = None
+    notes: list[str] = field(default_factory=list)
 
     @property
     def samples_ms(self) -> np.ndarray:
@@ -137,18 +138,31 @@ def fits_together(weight_bytes: Sequence[int], available_bytes: int) -> bool:
 
 
 def measure_perplexity(outcomes: Sequence[Outcome], windows: np.ndarray, cores: Sequence[int]) -> None:
-    """Perplexity of each run in its engine, on windows int64 [n, L], in workers of their own: the memory
-    of a run is then that of decoding alone."""
+    """Perplexity of each timed run in its engine, on windows int64 [n, L].
+
+    Workers of their own take it, so that the memory of a run is that of decoding alone; where one fails,
+    the latencies are kept.
+    """
     live = _live(outcomes)
     with progress("Perplexity", len(live) * len(windows)) as advance:
         for outcome in live:
-            with _failing(outcome), EngineWorker.spawn(outcome.candidate.engine, cores) as worker:
-                worker.load(outcome.candidate.model, context=windows.shape[1], prompt=0)
-                rows = []
-                for window in windows:
-                    rows.append(worker.window_nll(window[None]))
-                    advance(note=outcome.candidate.name)
-                outcome.perplexity = perplexity_of(np.concatenate(rows))
+            try:
+                outcome.perplexity = _perplexity(outcome.candidate, windows, cores, advance)
+            except WorkerError as error:
+                outcome.notes.append(f"no perplexity: {error}")
+                say(f"{outcome.candidate.name} has no perplexity: {error}")
+
+
+def _perplexity(
+    candidate: Candidate, windows: np.ndarray, cores: Sequence[int], advance: Advance
+) -> Perplexity:
+    rows = []
+    with EngineWorker.spawn(candidate.engine, cores) as worker:
+        worker.load(candidate.model, context=windows.shape[1], prompt=0)
+        for window in windows:
+            rows.append(worker.window_nll(window[None]))
+            advance(note=candidate.name)
+    return perplexity_of(np.concatenate(rows))
 
 
 class _Pool:

@@ -145,7 +145,7 @@ def _explanation(report: Report) -> str:
     lines = [
         "ms/token is the median time per generated token after the first; tokens/s follows from its mean.",
         "Speed-ups are medians of paired ratios from interleaved rounds.",
-        "Peak memory is that of the engine's process while it decodes.",
+        "Peak memory is that of the engine's process, from loading to the last token.",
     ]
     if text := report.evaluation:
         lines.append(

@@ -26,6 +26,7 @@ from ..errors import UserError
 from ..progress import Advance, progress, say
 from ..storage import atomic_path, naming_full_disk, partial_folder, refuse_existing, replace_folder
 from .pieces import DamagedPiece, decode, encode
+from .reshaped import restore_graph
 
 MAGIC = b"DLPPACK1"
 SUFFIX = ".dlp"
@@ -102,6 +103,8 @@ def _pieces(manifest: Manifest) -> int:
 def _pack_file(source: Path, stored: StoredFile, stream: BinaryIO, advance: Advance) -> None:
     digest = hashlib.sha256()
     try:
+        if source.suffix == ".onnx":
+            restore_graph(source, stored.sha256)
         with source.open("rb") as file:
             while piece := file.read(PIECE):
                 digest.update(piece)

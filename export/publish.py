@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from ..artifact import Export, OutputCheck
+from ..artifact import CHECKPOINT, Export, OutputCheck
 from ..bench.engines import engine_named
 from ..bench.environments import list_engines
 from ..checkpoint import open_checkpoint
@@ -16,6 +16,7 @@ from ..families import Decoder, decoder_of
 from ..models import ModelFiles, load_config
 from ..progress import progress, say
 from ..storage import partial_folder, write_text
+from .companions import write_companions
 from .decoder import Weights
 from .plan import Graph
 from .reference import Reference, torch_reference, write_reference
@@ -32,14 +33,6 @@ from .write import write_graph
 
 # The record of a finished graph folder; it lets an interrupted export go on behind the last one.
 RECORD = "export.json"
-# What a graph folder needs to be loaded by the tools that people use.
-COMPANIONS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-)
 
 
 @dataclass(frozen=True)
@@ -85,7 +78,7 @@ def _export_one(artifact: Path, source: Source, graph: Graph) -> Export:
     folder = partial_folder(final)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    export = _write_and_verify(folder, artifact / "checkpoint", source, graph)
+    export = _write_and_verify(folder, artifact / CHECKPOINT, source, graph)
     write_text(folder / RECORD, export.model_dump_json(indent=2) + "\n")
     if final.exists():
         shutil.rmtree(final)
@@ -94,15 +87,13 @@ def _export_one(artifact: Path, source: Source, graph: Graph) -> Export:
     return export
 
 
-def _write_and_verify(folder: Path, companions: Path, source: Source, graph: Graph) -> Export:
+def _write_and_verify(folder: Path, checkpoint: Path, source: Source, graph: Graph) -> Export:
     config = load_config(source.files)
     decoder = decoder_of(config)
     weights = source.weights(graph, decoder)
     with progress(f"Exporting {graph.label}", decoder.blocks) as advance:
         written = write_graph(folder, graph, weights, decoder, config, advance)
-    for name in COMPANIONS:
-        if (companions / name).is_file():
-            shutil.copyfile(companions / name, folder / name)
+    write_companions(folder, checkpoint, config, graph.engine)
     check_structure(written.model)
     counted = count_zeros(written.model, weights, decoder)
     checks = _check_outputs(folder, written.model, source.reference, graph)

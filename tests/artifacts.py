@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from dlp_deploy.artifact import CHECKPOINT, Export, list_files, read_manifest, write_manifest
 from dlp_deploy.checkpoint import open_checkpoint
+from dlp_deploy.export.companions import write_companions
 from dlp_deploy.export.decoder import Weights
 from dlp_deploy.export.plan import plan_graphs
-from dlp_deploy.export.publish import COMPANIONS
 from dlp_deploy.export.write import write_graph
 from dlp_deploy.families import decoder_of
 from dlp_deploy.models import load_config, resolve_model
@@ -32,9 +31,7 @@ def with_graphs(artifact: Path, quant: str, target: str) -> Path:
     for graph in plan_graphs(quant, target, "none"):
         folder = artifact / graph.folder
         written = write_graph(folder, graph, weights, decoder, config, lambda: None)
-        for name in COMPANIONS:
-            if (files.folder / name).is_file():
-                shutil.copyfile(files.folder / name, folder / name)
+        write_companions(folder, files.folder, config, graph.engine)
         exports.append(
             Export(
                 path=graph.folder,
