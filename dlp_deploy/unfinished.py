@@ -11,7 +11,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from .artifact import CHECKPOINT
+from .artifact import CHECKPOINT, MANIFEST
 from .errors import UserError
 from .journal import Journal
 from .storage import PARTIAL_SUFFIX, partial_folder, replace_folder, sync_folder, write_json
@@ -31,16 +31,16 @@ def work_folder(partial: Path) -> Path:
 def unfinished_run(final: Path, settings: dict[str, Any], resume: bool, force: bool) -> Iterator[Path]:
     """Yield the folder in which `final` grows, and move it to `final` when the body succeeds.
 
-    With `resume`, a folder in which blocks are finished is taken as it is. `settings` are what the result
-    depends on. Raises UserError when an unfinished run is in the way, was begun with other settings, or
-    is still running.
+    With `resume`, a folder in which blocks are finished is taken as it is, and so is a whole one that
+    lacks only its name. `settings` are what the result depends on. Raises UserError when an unfinished
+    run is in the way, was begun with other settings, or is still running.
     """
     partial = partial_folder(final)
     with _locked(partial):
         _begin(partial, settings, resume, force)
         with _removed_if_nothing_finished(partial):
             yield partial
-        shutil.rmtree(work_folder(partial), ignore_errors=True)
+        _drop_work(partial)
         (partial / LOCK).unlink(missing_ok=True)
         replace_folder(partial, final)
 
@@ -60,6 +60,9 @@ def _locked(partial: Path) -> Iterator[None]:
 def _begin(partial: Path, settings: dict[str, Any], resume: bool, force: bool) -> None:
     """Fill the folder of a new run, or check that the blocks found in it are of the same run."""
     stored = work_folder(partial) / SETTINGS
+    if resume and _lacks_only_its_name(partial):
+        _drop_work(partial)
+        return
     if _finished_any_block(partial):
         if resume:
             _check_same(json.loads(stored.read_text(encoding="utf-8")), settings, partial)
@@ -74,6 +77,18 @@ def _begin(partial: Path, settings: dict[str, Any], resume: bool, force: bool) -
     work_folder(partial).mkdir()
     write_json(stored, settings)
     sync_folder(partial)
+
+
+def _lacks_only_its_name(partial: Path) -> bool:
+    return (partial / MANIFEST).is_file() and not work_folder(partial).exists()
+
+
+def _drop_work(partial: Path) -> None:
+    """Remove the work folder; by its name it is there as a whole or not at all."""
+    dropped = partial / f".{WORK}.dropped"
+    if work_folder(partial).exists():
+        work_folder(partial).replace(dropped)
+    shutil.rmtree(dropped, ignore_errors=True)
 
 
 def _finished_any_block(partial: Path) -> bool:
@@ -109,6 +124,6 @@ def _removed_if_nothing_finished(partial: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if not _finished_any_block(partial):
+        if not (_finished_any_block(partial) or _lacks_only_its_name(partial)):
             shutil.rmtree(partial)
         raise

@@ -329,10 +329,12 @@ def test_unfinished_run_is_dropped_by_force(
 def test_stopped_before_the_last_rename(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     source = str(tiny_checkpoint("llama"))
     whole = prune(source, output=tmp_path / "pruned", **SMALL)
-    before = list_files(whole)
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()}
     whole.rename(tmp_path / "pruned.partial")
+    (tmp_path / "pruned.partial" / ".work.dropped").mkdir()
     prune(source, output=tmp_path / "pruned", resume=True, **SMALL)
-    assert list_files(whole) == before
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()} == before
+    assert not (whole / ".work.dropped").exists()
 
 
 def test_two_runs_do_not_write_to_one_folder(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
