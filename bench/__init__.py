@@ -35,7 +35,7 @@ def bench(
     starts, so that decoding is timed at that depth. Perplexity is taken on `eval_windows` windows of
     `eval_tokens` tokens of `eval_data` (0 windows: not at all).
 
-    `output` is the path of report.json; .md, .csv and .png are written beside it. It defaults to
+    `output` is the path of report.json; .md, .csv, .png and .svg are written beside it. It defaults to
     <artifact>.bench/report.json. Raises UserError for what cannot be measured as asked, before any
     measurement begins.
     """

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
+from ..families import Decoder
 from .bandwidth import measure_bandwidth
 from .machine import available_memory, describe_machine
 from .measure import Agreement, Noise, Outcome, Workload
+from .peak import measure_peak
 from .report import (
     Comparison,
     EngineRecord,
@@ -24,6 +26,7 @@ from .report import (
     OutputAgreement,
     Run,
 )
+from .roofline import roofline, traffic_of
 from .statistics import DRIFT_LIMIT, drift, latency, speedup
 
 STOLEN_LIMIT = 0.01
@@ -31,13 +34,16 @@ OTHERS_LIMIT = 0.05
 
 
 def describe_environment(cores: Sequence[int], outcomes: Sequence[Outcome]) -> Environment:
-    """The machine, its memory bandwidth on `cores`, and the versions of all that took part."""
+    """The machine, its memory bandwidth and peak rates on `cores`, and the versions of all that took part."""
     machine = describe_machine()
     bandwidth = measure_bandwidth(cores, machine.caches.get("L3", 0), available_memory())
+    peak = measure_peak(cores)
     return Environment(
         **asdict(machine),
         cores_used=tuple(cores),
         memory_bandwidth_gbps=round(bandwidth / 1e9, 2),
+        peak_fp32_gops=round(peak.fp32 / 1e9, 1),
+        peak_int8_gops=round(peak.int8 / 1e9, 1),
         versions={"python": platform.python_version(), "dlp-deploy": version("dlp-deploy")},
         engines={outcome.candidate.engine.name: _engine_record(outcome) for outcome in outcomes},
         git_revision=git_revision(),
@@ -64,7 +70,8 @@ def git_revision() -> str | None:
     return done.stdout.strip() or None
 
 
-def run_record(outcome: Outcome, workload: Workload) -> Run:
+def run_record(outcome: Outcome, workload: Workload, decoder: Decoder, environment: Environment) -> Run:
+    """All that is known of one run; with latencies, and its place under the roofs, if it was timed."""
     candidate = outcome.candidate
     run = Run(
         name=candidate.name,
@@ -83,7 +90,12 @@ def run_record(outcome: Outcome, workload: Workload) -> Run:
         output_check=_agreement_record(outcome.agreement),
         notes=(*candidate.notes, *outcome.notes),
     )
-    return run.model_copy(update=_measured(outcome)) if outcome.status == "ok" else run
+    if outcome.status != "ok":
+        return run
+    measured = _measured(outcome)
+    traffic, median = traffic_of(outcome, decoder), float(np.median(outcome.samples_ms))
+    roofs = roofline(traffic, workload, candidate.precision, median, environment)
+    return run.model_copy(update=measured | {"roofline": roofs})
 
 
 def _measured(outcome: Outcome) -> dict[str, object]:

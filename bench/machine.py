@@ -64,6 +64,7 @@ class Machine:
     cpu_quota: float | None
     caches: dict[str, int]
     governor: str | None
+    clock_ghz: float | None
     hypervisor: bool
     memory_bytes: int
     kernel: str
@@ -86,6 +87,7 @@ def describe_machine(root: Path = ROOT) -> Machine:
         cpu_quota=cpu_quota(root),
         caches=_caches(root, cpus[0].number),
         governor=_read(root / f"sys/devices/system/cpu/cpu{cpus[0].number}/cpufreq/scaling_governor"),
+        clock_ghz=round(float(info["cpu MHz"]) / 1000, 3) if "cpu MHz" in info else None,
         hypervisor="hypervisor" in flags,
         memory_bytes=_meminfo(root)["MemTotal"],
         kernel=platform.release(),

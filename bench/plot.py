@@ -1,14 +1,16 @@
-"""The picture of a report: time per token, and how much faster than which dense baseline."""
+"""The pictures of a report: time per token, how much faster than which dense baseline, and the roofline."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from ..storage import atomic_path
 from .report import Report, Run
 
 DENSE, SPARSE = "#9aa5b1", "#2a8c82"
@@ -16,16 +18,70 @@ FP32, BEST = "#1d6fa5", "#e08e45"
 INK = "#22303c"
 
 
-def draw(report: Report, path: Path) -> None:
-    """Write a PNG with one bar per timed run on the left, and the speed-ups of sparse runs on the right."""
-    timed = [run for run in report.runs if run.tpot_ms]
-    figure = Figure(figsize=(12.5, 2.2 + 0.5 * max(4, len(timed))), dpi=150, layout="constrained")
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches, that needs no display."""
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
+    return figure
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as `path`, a .png, and as .svg beside it."""
+    for kind in ("png", "svg"):
+        with atomic_path(path.with_suffix(f".{kind}")) as temporary:
+            figure.savefig(temporary, format=kind)
+
+
+def overview(report: Report) -> Figure:
+    """One bar per timed run on the left, and the speed-ups of sparse runs on the right."""
+    timed = [run for run in report.runs if run.tpot_ms]
+    figure = new_figure(12.5, 2.2 + 0.5 * max(4, len(timed)))
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
     _latency_bars(left, timed)
     _speedup_bars(right, report, [run for run in timed if not run.dense])
     figure.suptitle(_heading(report), fontsize=11, color=INK, x=0.01, ha="left")
-    figure.savefig(path, format="png")
+    return figure
+
+
+def roofline_figure(report: Report) -> Figure:
+    """Rate of each timed run over its operations per byte, below the roofs measured on the same cores."""
+    figure = new_figure(9.5, 6.2)
+    axes = figure.subplots()
+    points = [(run, run.roofline) for run in report.runs if run.roofline]
+    intensities = [limits.gops / limits.gbps for _, limits in points] or [1.0]
+    span = np.geomspace(min(intensities) / 3, 300, 200)
+    _roofs(axes, report, span)
+    for index, (run, limits) in enumerate(points):
+        share = max(limits.bandwidth_share, limits.compute_share or 0)
+        axes.plot(
+            limits.gops / limits.gbps,
+            limits.gops,
+            "s" if run.dense else "o",
+            color=f"C{index}",
+            markeredgecolor=INK,
+            markersize=8,
+            label=f"{run.name}: {share:.0%} of {limits.bound}",
+        )
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("operations per byte read", fontsize=9, color=INK)
+    axes.set_ylabel("10⁹ operations per second", fontsize=9, color=INK)
+    axes.legend(fontsize=9, frameon=False, loc="upper left", bbox_to_anchor=(0, -0.1), ncols=2)
+    axes.grid(color="#d9dee3", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title("Decoding under the roofs of the machine (squares: dense)", fontsize=10, loc="left")
+    figure.suptitle(_heading(report), fontsize=11, color=INK, x=0.01, ha="left")
+    return figure
+
+
+def _roofs(axes: Axes, report: Report, span: np.ndarray) -> None:
+    environment = report.environment
+    slope = environment.memory_bandwidth_gbps
+    peaks = {"fp32": environment.peak_fp32_gops, "int8": environment.peak_int8_gops}
+    for (name, peak), color in zip(peaks.items(), (FP32, BEST), strict=True):
+        if peak:
+            label = f"{name}: {peak:.0f} · 10⁹/s; memory: {slope:.1f} GB/s"
+            axes.plot(span, np.minimum(slope * span, peak), color=color, linewidth=1.6, label=label)
 
 
 def _heading(report: Report) -> str:

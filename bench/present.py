@@ -70,6 +70,7 @@ def to_markdown(report: Report) -> str:
         *_section("Warnings", [f"- {warning}" for warning in report.warnings]),
         *_section("Speed-ups", [_comparisons_table(report)] if report.comparisons else []),
         *_section("Latency (ms)", [_latency_table(report)]),
+        *_section("What limits it", _roofline_lines(report)),
         *_section("Outputs", [_checks_table(report)]),
         *_section("Notes", [f"- {run.name}: {'; '.join(run.notes)}" for run in report.runs if run.notes]),
         *_section("Machine", _environment_lines(report.environment)),
@@ -191,6 +192,56 @@ def _latency_table(report: Report) -> str:
     return _markdown_table(headings, rows)
 
 
+def _roofline_lines(report: Report) -> list[str]:
+    environment, limits = report.environment, [run.roofline for run in report.runs if run.roofline]
+    if not limits:
+        return []
+    peaks = {"fp32": environment.peak_fp32_gops, "int8": environment.peak_int8_gops}
+    rates = ", ".join(f"{name} {peak:.0f}" for name, peak in peaks.items() if peak)
+    lines = [
+        f"The used cores read {environment.memory_bandwidth_gbps:.1f} GB/s and multiply matrices at "
+        f"(10⁹ operations/s) {rates or 'an unmeasured rate'}. These roofs were measured in this run.",
+        "",
+        _roofline_table(report),
+    ]
+    if any(limit.estimated for limit in limits):
+        lines += [
+            "",
+            "~ Estimate: the engine's layout of sparse weights is not public; nonzeros + 1 bit a weight.",
+        ]
+    if any(limit.bandwidth_share > 1 for limit in limits):
+        lines += ["", "More than 100 % of the memory's rate: the caches hold a part of the weights."]
+    return lines
+
+
+def _roofline_table(report: Report) -> str:
+    rows = [
+        [
+            run.name,
+            f"{'~' if limit.estimated else ''}{limit.weight_bytes / 1e6:.1f}",
+            f"{limit.kv_bytes / 1e6:.1f}",
+            f"{limit.operations / 1e9:.2f}",
+            f"{limit.gbps:.1f}",
+            f"{limit.bandwidth_share:.0%}",
+            "-" if limit.compute_share is None else f"{limit.compute_share:.0%}",
+            limit.bound,
+        ]
+        for run in report.runs
+        if (limit := run.roofline)
+    ]
+    headings = (
+        "run",
+        "weights MB/token",
+        "KV cache MB/token",
+        "10⁹ operations/token",
+        "GB/s",
+        "of the bandwidth",
+        "of the peak rate",
+        "nearer roof",
+    )
+    return _markdown_table(headings, rows)
+
+
 def _checks_table(report: Report) -> str:
     rows = [
         [
@@ -228,6 +279,7 @@ def _environment_lines(environment: Environment) -> list[str]:
         "NUMA nodes, sockets": f"{environment.numa_nodes}, {environment.sockets}",
         "caches": caches,
         "governor": environment.governor or "not reported",
+        "clock": f"{environment.clock_ghz:.2f} GHz" if environment.clock_ghz else "not reported",
         "virtual machine": "yes" if environment.hypervisor else "no",
         "memory": f"{environment.memory_bytes / 1e9:.1f} GB, "
         f"read at {environment.memory_bandwidth_gbps:.1f} GB/s by the used cores",
@@ -264,6 +316,11 @@ def _csv_row(report: Report, run: Run) -> dict[str, object]:
         "speedup_over_dense_fp32": over_fp32 and over_fp32.speedup,
         "speedup_over_best_dense": over_best and over_best.speedup,
         "weight_bytes": run.weight_bytes,
+        "bytes_per_token": run.roofline and run.roofline.weight_bytes + run.roofline.kv_bytes,
+        "bytes_estimated": run.roofline and run.roofline.estimated,
+        "operations_per_token": run.roofline and run.roofline.operations,
+        "bandwidth_share": run.roofline and run.roofline.bandwidth_share,
+        "compute_share": run.roofline and run.roofline.compute_share,
         "peak_rss_bytes": run.peak_rss_bytes,
         "load_s": run.load_s,
         "perplexity": run.perplexity,

@@ -46,6 +46,28 @@ class OutputAgreement(_Stored):
     graph_mean_rel_error: float | None = None
 
 
+class Roofline(_Stored):
+    """What decoding one token must move and compute at least, and how near the run came to the machine's
+    roofs (Williams, Waterman & Patterson, 2009) at its median time per token.
+
+    `weight_bytes` and `kv_bytes` are read per token, the cache at the mean depth of the timed tokens.
+    `estimated`: the engine's layout of sparse weights is not public, so that `weight_bytes` is an estimate:
+    nonzeros plus one bit per weight, or what is stored where that is less. `operations` are
+    multiplications and additions; `bound` is the roof that is nearer. A share above 1 means that the
+    caches delivered what the memory could not.
+    """
+
+    weight_bytes: int
+    kv_bytes: int
+    operations: int
+    estimated: bool
+    gbps: float
+    gops: float
+    bandwidth_share: float
+    compute_share: float | None
+    bound: Literal["bandwidth", "compute"]
+
+
 class Run(_Stored):
     """One model in one engine. A run that is not "ok" has a reason, and no latencies.
 
@@ -77,6 +99,7 @@ class Run(_Stored):
     samples_per_round: int = 0
     samples_ms: tuple[float, ...] = ()
     ttft_samples_ms: tuple[float, ...] = ()
+    roofline: Roofline | None = None
     output_check: OutputAgreement | None = None
     notes: tuple[str, ...] = ()
 
@@ -123,7 +146,13 @@ class Environment(_Stored):
     governor: str | None
     hypervisor: bool
     memory_bytes: int
+    clock_ghz: float | None = None
     memory_bandwidth_gbps: float = Field(description="read bandwidth of the used cores, 1e9 bytes a second")
+    peak_fp32_gops: float | None = Field(
+        default=None,
+        description="best rate of fp32 matrix products on the used cores, 1e9 operations a second",
+    )
+    peak_int8_gops: float | None = Field(default=None, description="the same in int8")
     kernel: str
     operating_system: str
     versions: dict[str, str]

@@ -14,16 +14,16 @@ import numpy as np
 from ..artifact import CHECKPOINT, Manifest, check_files, newest_artifact, read_manifest
 from ..calibration import TokenWindows, evaluation_windows
 from ..errors import UserError
-from ..families import decoder_of
+from ..families import Decoder, decoder_of
 from ..models import ModelFiles, load_config, load_tokenizer
 from ..progress import say
-from ..storage import atomic_path, refuse_existing, write_text
+from ..storage import refuse_existing, write_text
 from . import REPORT
 from .assemble import compare_runs, describe_environment, noise_record, run_record, warnings
 from .machine import busy_share, choose_cores, require_avx2
 from .measure import Noise, Outcome, Workload, measure, measure_perplexity
 from .plan import Candidate, plan_runs
-from .plot import draw
+from .plot import overview, roofline_figure, save
 from .present import to_csv, to_markdown
 from .report import Evaluated, Report, to_json
 
@@ -62,28 +62,29 @@ def run_bench(request: Request) -> Report:
     candidates = plan_runs(artifact, manifest, request.engine, request.baseline)
     _check_candidates(artifact, manifest, candidates)
     files = ModelFiles(manifest.source.name, str(artifact), artifact / CHECKPOINT)
-    workload, windows = _workload(request, files, cores)
+    decoder = decoder_of(load_config(files))
+    workload, windows = _workload(request, files, decoder, cores)
     say(f"Measuring {', '.join(candidate.name for candidate in candidates)}")
     if (busy := busy_share(cores)) > BUSY:
         say(f"The cores to be measured on are already {busy:.0%} busy: figures will be less certain")
     outcomes, noise, together = measure(candidates, workload)
     if windows is not None:
         measure_perplexity(outcomes, windows.ids.numpy(), cores)
-    report = _report(request, artifact, manifest, workload, windows, outcomes, noise, together)
+    report = _report(request, artifact, manifest, decoder, workload, windows, outcomes, noise, together)
     write_report(report, output)
     return report
 
 
 def write_report(report: Report, path: Path) -> None:
-    """Write report.json at `path`, and .md, .csv and .png beside it."""
+    """Write report.json at `path`, and .md, .csv and pictures (.png and .svg) beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path.with_suffix(".md"), to_markdown(report))
     write_text(path.with_suffix(".csv"), to_csv(report))
-    with atomic_path(path.with_suffix(".png")) as temporary:
-        draw(report, temporary)
+    save(overview(report), path.with_suffix(".png"))
+    save(roofline_figure(report), path.with_suffix(".roofline.png"))
     # Last: where report.json is, the others are too.
     write_text(path.with_suffix(".json"), to_json(report))
-    say(f"Report: {path.with_suffix('.json')}, and .md, .csv and .png beside it")
+    say(f"Report: {path.with_suffix('.json')}, and .md, .csv, .png and .svg beside it")
 
 
 def _check_candidates(artifact: Path, manifest: Manifest, candidates: Sequence[Candidate]) -> None:
@@ -95,12 +96,11 @@ def _check_candidates(artifact: Path, manifest: Manifest, candidates: Sequence[C
 
 
 def _workload(
-    request: Request, files: ModelFiles, cores: tuple[int, ...]
+    request: Request, files: ModelFiles, decoder: Decoder, cores: tuple[int, ...]
 ) -> tuple[Workload, TokenWindows | None]:
     """The tokens to time on, and those for the perplexity; both are real text."""
     context = request.context or request.prompt_tokens + request.new_tokens
-    positions = decoder_of(load_config(files)).max_positions
-    _check_lengths(request, context, positions)
+    _check_lengths(request, context, decoder.max_positions)
     tokenizer = load_tokenizer(files)
     text = evaluation_windows(request.eval_data, tokenizer, 1, context - request.new_tokens)
     workload = Workload(
@@ -113,7 +113,7 @@ def _workload(
     )
     if not request.eval_windows:
         return workload, None
-    length = min(request.eval_tokens, positions)
+    length = min(request.eval_tokens, decoder.max_positions)
     return workload, evaluation_windows(request.eval_data, tokenizer, request.eval_windows, length)
 
 
@@ -137,13 +137,15 @@ def _report(
     request: Request,
     artifact: Path,
     manifest: Manifest,
+    decoder: Decoder,
     workload: Workload,
     windows: TokenWindows | None,
     outcomes: Sequence[Outcome],
     noise: Noise,
     together: bool,
 ) -> Report:
-    runs = tuple(run_record(outcome, workload) for outcome in outcomes)
+    environment = describe_environment(workload.cores, outcomes)
+    runs = tuple(run_record(outcome, workload, decoder, environment) for outcome in outcomes)
     recorded = noise_record(noise)
     return Report(
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -151,7 +153,7 @@ def _report(
         artifact=artifact.name,
         model=manifest.source.name,
         command=_command(request, workload),
-        environment=describe_environment(workload.cores, outcomes),
+        environment=environment,
         evaluation=_evaluated(request, windows),
         all_loaded=together,
         runs=runs,

@@ -123,6 +123,18 @@ def test_the_environment_says_what_was_used(report: Report) -> None:
     assert report.command["context"] == 110
 
 
+def test_every_run_is_placed_under_the_roofs(report: Report) -> None:
+    assert report.environment.peak_int8_gops is not None
+    for run in report.runs:
+        limits = run.roofline
+        assert limits is not None
+        assert limits.estimated == (run.engine == "deepsparse")
+        assert run.tpot_ms is not None
+        moved = limits.gbps * run.tpot_ms.p50 * 1e6
+        assert moved == pytest.approx(limits.weight_bytes + limits.kv_bytes, rel=1e-6)
+        assert limits.bandwidth_share == pytest.approx(limits.gbps / report.environment.memory_bandwidth_gbps)
+
+
 def test_the_report_is_written_in_all_forms(report: Report, artifact: Path) -> None:
     folder = artifact.parent / "tiny-s70.bench"
     assert sorted(path.name for path in folder.iterdir()) == [
@@ -130,6 +142,9 @@ def test_the_report_is_written_in_all_forms(report: Report, artifact: Path) -> N
         "report.json",
         "report.md",
         "report.png",
+        "report.roofline.png",
+        "report.roofline.svg",
+        "report.svg",
     ]
     assert read_report(folder / "report.json") == report
     assert (folder / "report.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

@@ -27,7 +27,8 @@ class Engine:
     lives in an environment of its own on one of the `pythons` (best first); without, it runs in the
     main environment, where `modules` must be importable. `before` lists what is installed ahead of
     the lock and without hashes: packages whose builds differ from index to index. An engine without
-    `precisions` does not decode: it runs recipes.
+    `precisions` does not decode: it runs recipes. `skips_zeros`: it neither stores nor multiplies
+    pruned weights.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Engine:
     before: Path | None = None
     pythons: tuple[tuple[int, int], ...] = ()
     download_mb: int = 0
+    skips_zeros: bool = False
     notes: tuple[str, ...] = ()
 
 

@@ -13,5 +13,6 @@ ENGINE = Engine(
     lock=LOCKS / "deepsparse.txt",
     pythons=((3, 11), (3, 10), (3, 9)),
     download_mb=190,
+    skips_zeros=True,
     notes=("Retired in June 2025; 1.8.0 is its last release.",),
 )

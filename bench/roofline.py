@@ -1,0 +1,149 @@
+"""What one decoded token must move and compute at least, and the share of the machine's roofs that a run
+reached (the roofline model: Williams, Waterman & Patterson, 2009)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Literal
+
+import onnx
+from onnx import helper
+
+from ..families import Decoder
+from .measure import Outcome, Workload
+from .report import Environment, Roofline
+
+# Tables of which a token needs one row: not read whole.
+TABLES = ("embedding", "rotary.cosine", "rotary.sine")
+PRODUCTS = ("MatMul", "MatMulInteger", "MatMulNBits")
+FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes read and operations done per token; `position` figures are per cached position.
+
+    `estimated`: `weight_bytes` is a guess at a layout that is not public.
+    """
+
+    weight_bytes: float
+    operations: float
+    position_bytes: int
+    position_operations: int
+    estimated: bool = False
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    name: str
+    elements: int
+    bytes: int
+
+
+def traffic_of(outcome: Outcome, decoder: Decoder) -> Traffic:
+    """The traffic of a run, from its graph, or from the sizes of its model where it has none."""
+    candidate = outcome.candidate
+    if not candidate.model.is_file():
+        return _checkpoint_traffic(decoder)
+    return graph_traffic(
+        candidate.model, decoder, candidate.sparsity if candidate.engine.skips_zeros else 0.0
+    )
+
+
+def graph_traffic(model: Path, decoder: Decoder, skipped: float = 0.0) -> Traffic:
+    """The traffic of a graph of ours, of whose block weights the engine skips the share `skipped`.
+
+    What an engine keeps of a sparse matrix is estimated as its nonzeros and one bit per weight, and
+    never as more than the matrix.
+    """
+    graph = onnx.load(str(model), load_external_data=False).graph
+    sizes = {tensor.name: _bytes(tensor) for tensor in graph.initializer if tensor.name not in TABLES}
+    # The head comes last and is never pruned.
+    *blocks, head = _matrices(graph, sizes)
+    kept = sum(min(m.bytes, (1 - skipped) * m.bytes + m.elements / 8) if skipped else m.bytes for m in blocks)
+    others = sum(sizes.values()) - sum(m.bytes for m in blocks)
+    return Traffic(
+        weight_bytes=kept + others,
+        operations=2 * ((1 - skipped) * sum(m.elements for m in blocks) + head.elements),
+        position_bytes=sum(_position_bytes(value) for value in graph.input),
+        position_operations=_attention_operations(decoder),
+        estimated=skipped > 0,
+    )
+
+
+def _checkpoint_traffic(decoder: Decoder) -> Traffic:
+    """That of torch: all weights in fp32, zeros too."""
+    elements = decoder.blocks * block_weights(decoder) + decoder.vocabulary * decoder.hidden
+    width = decoder.kv_heads * decoder.head_dim
+    return Traffic(
+        weight_bytes=FLOAT_BYTES * elements,
+        operations=2 * elements,
+        position_bytes=2 * FLOAT_BYTES * decoder.blocks * width,
+        position_operations=_attention_operations(decoder),
+    )
+
+
+def block_weights(decoder: Decoder) -> int:
+    """Weights of the linear layers of one decoder block."""
+    attention = 2 * decoder.hidden * decoder.head_dim * (decoder.heads + decoder.kv_heads)
+    return attention + 3 * decoder.hidden * decoder.intermediate
+
+
+def roofline(
+    traffic: Traffic, workload: Workload, precision: str, tpot_ms: float, environment: Environment
+) -> Roofline:
+    """The share of the roofs that `tpot_ms` per token comes to."""
+    # Tokens after the first are decoded at the last new_tokens - 1 depths of the context.
+    depth = workload.context - workload.new_tokens / 2
+    weight_bytes, kv_bytes = traffic.weight_bytes, depth * traffic.position_bytes
+    operations = traffic.operations + depth * traffic.position_operations
+    gbps, gops = (amount / tpot_ms / 1e6 for amount in (weight_bytes + kv_bytes, operations))
+    peak = environment.peak_fp32_gops if precision == "fp32" else environment.peak_int8_gops
+    bandwidth_share = gbps / environment.memory_bandwidth_gbps
+    compute_share = gops / peak if peak else None
+    bound: Literal["bandwidth", "compute"] = (
+        "compute" if compute_share and compute_share > bandwidth_share else "bandwidth"
+    )
+    return Roofline(
+        weight_bytes=round(weight_bytes),
+        kv_bytes=round(kv_bytes),
+        operations=round(operations),
+        estimated=traffic.estimated,
+        gbps=gbps,
+        gops=gops,
+        bandwidth_share=bandwidth_share,
+        compute_share=compute_share,
+        bound=bound,
+    )
+
+
+def _attention_operations(decoder: Decoder) -> int:
+    """Per cached position: a product with each key and one with each value, in every head."""
+    return 4 * decoder.blocks * decoder.heads * decoder.head_dim
+
+
+def _matrices(graph: onnx.GraphProto, sizes: dict[str, int]) -> Iterator[_Matrix]:
+    """The matrices that tokens are multiplied by, in the order of the graph."""
+    dims = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type in PRODUCTS and node.input[1] in sizes:
+            name = node.input[1]
+            sides = {entry.name: entry.i for entry in node.attribute}
+            elements = sides["K"] * sides["N"] if node.op_type == "MatMulNBits" else prod(dims[name])
+            yield _Matrix(name, elements, sizes[name])
+
+
+def _bytes(tensor: onnx.TensorProto) -> int:
+    return prod(tensor.dims) * int(helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
+
+
+def _position_bytes(value: onnx.ValueInfoProto) -> int:
+    """Bytes that one position takes in a past input [batch, heads, past, head_dim]; 0 for other inputs."""
+    if not value.name.startswith("past_key_values."):
+        return 0
+    kind = value.type.tensor_type
+    _, heads, _, head_dim = (dim.dim_value for dim in kind.shape.dim)
+    return heads * head_dim * int(helper.tensor_dtype_to_np_dtype(kind.elem_type).itemsize)
