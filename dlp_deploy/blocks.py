@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from .checkpoint import Checkpoint, open_checkpoint
 from .errors import UserError
-from .families import decoder_of
+from .families import Decoder, decoder_of
 from .hidden import HiddenStates, window_batches
 from .models import ModelFiles, load_config
 
@@ -51,7 +51,7 @@ class BlockModel:
         self.decoder = decoder_of(self.config)
         self.checkpoint = checkpoint
         self.device = torch.device(device)
-        self._model = _without_weights(self.config)
+        self._model = _without_weights(self.config, self.decoder)
         self._shapes = {name: tuple(p.shape) for name, p in self._model.named_parameters()}
         _check_fits(self._shapes, checkpoint)
         family = self.decoder.family
@@ -118,8 +118,10 @@ class BlockModel:
         tied = self.decoder.tied_embeddings
         name = f"{family.embedding if tied else family.head}.weight"
         head = self.checkpoint.tensor(name).to(self.device, torch.float32)
+        cap = self.decoder.logit_cap
         for states in self.final_states(hidden):
-            yield states @ head.T
+            logits = states @ head.T
+            yield logits if cap is None else cap * torch.tanh(logits / cap)
 
     @torch.no_grad()
     def final_states(self, hidden: HiddenStates) -> Iterator[torch.Tensor]:
@@ -197,9 +199,11 @@ def _replaced_forward(blocks: nn.ModuleList, forward: Any) -> Iterator[None]:
             del block.forward
 
 
-def _without_weights(config: Any) -> nn.Module:
+def _without_weights(config: Any, decoder: Decoder) -> nn.Module:
+    # The faster one leaves out the cap of attention scores without a word.
+    attention = "sdpa" if decoder.attention_cap is None else "eager"
     with _parameters_on_meta():
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
     return model.eval()
 
 
@@ -237,12 +241,15 @@ def _check_fits(shapes: Mapping[str, tuple[int, ...]], checkpoint: Checkpoint) -
             )
 
 
-def logits_of(files: ModelFiles, ids: torch.Tensor, device: str = "cpu") -> Iterator[torch.Tensor]:
+def logits_of(
+    files: ModelFiles, ids: torch.Tensor, device: str = "cpu", checkpoint: Checkpoint | None = None
+) -> Iterator[torch.Tensor]:
     """Logits float32 [length, vocabulary] of each of the token windows `ids`, int64 [windows, length].
 
-    One decoder block is in memory at a time, and the hidden states are in a temporary file.
+    One decoder block is in memory at a time, and the hidden states are in a temporary file. `checkpoint`
+    stands in for the weights in `files`.
     """
-    model = BlockModel(files, open_checkpoint(files), device)
+    model = BlockModel(files, checkpoint or open_checkpoint(files), device)
     with TemporaryDirectory(prefix="dlp-deploy-") as folder:
         hidden = HiddenStates(Path(folder) / "hidden", (*ids.shape, model.decoder.hidden))
         for windows, states in model.embed(ids):

@@ -8,15 +8,16 @@ engine or precision is one object, and a new model family is none.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from onnx import TensorProto
 
 from ..checkpoint import Checkpoint
-from ..errors import UserError
 from ..families import Decoder
+from .activation import activate, soft_cap
 from .graph import GraphWriter
 
 
@@ -42,6 +43,13 @@ class Weights:
         name = f"{layer}.bias"
         return self.array(name) if name in self._names else None
 
+    def norm(self, norm: str) -> np.ndarray:
+        """What a norm multiplies by, float32 [channels]."""
+        return self.array(f"{norm}.weight") + np.float32(self._decoder.family.norm_offset)
+
+    def norm_bias(self, norm: str) -> np.ndarray | None:
+        return self.bias(norm)
+
 
 class Linears(Protocol):
     """Writes linear layers that share the input `x`; returns their outputs in the order of `layers`."""
@@ -51,6 +59,15 @@ class Linears(Protocol):
     ) -> tuple[str, ...]: ...
 
 
+@dataclass(frozen=True)
+class Norm:
+    """A norm's name and the edges of its weight and bias: RMSNorm without a bias, else LayerNorm."""
+
+    name: str
+    weight: str
+    bias: str | None = None
+
+
 class Target(Protocol):
     """How one engine wants the parts of a decoder written."""
 
@@ -58,9 +75,11 @@ class Target(Protocol):
         """Declare inputs and shared tensors; return the edge of the token ids."""
         ...
 
-    def norm(
-        self, graph: GraphWriter, stream: str, branch: str | None, weight: str, name: str
-    ) -> tuple[str, str]:
+    def positions(self, graph: GraphWriter) -> str:
+        """The edge of the tokens' positions, int64 [batch, tokens]."""
+        ...
+
+    def norm(self, graph: GraphWriter, stream: str, branch: str | None, norm: Norm) -> tuple[str, str]:
         """Add `branch` to the residual stream; return (normalized stream, stream)."""
         ...
 
@@ -86,61 +105,113 @@ def write_decoder(
     advance: Callable[[], None] = lambda: None,
 ) -> None:
     """Write the whole model and declare the output `logits`; `advance` is called after each block."""
-    family = decoder.family
+    walk = _Walk(graph, weights, decoder, target, linears)
     # The first output: that is where DeepSparse's pipelines look for it.
     graph.output("logits", TensorProto.FLOAT, ("batch", "tokens", decoder.vocabulary))
-    ids = target.begin(graph)
-    embedding = graph.weight("embedding", weights.array(f"{family.embedding}.weight"))
-    stream = graph.node("Gather", embedding, ids, name="embed")
+    stream = walk.embed(target.begin(graph))
     branch: str | None = None
     for index in range(decoder.blocks):
-        stream, branch = _write_block(graph, weights, decoder, target, linears, index, stream, branch)
+        stream, branch = walk.block(index, stream, branch)
         advance()
-    scale = graph.weight("final_norm.weight", weights.array(f"{family.final_norm}.weight"))
-    normed, _ = target.norm(graph, stream, branch, scale, "final_norm")
-    (logits,) = linears(graph, weights, normed, (family.head,))
+    normed, _ = target.norm(graph, stream, branch, walk.norm(decoder.family.final_norm, "final_norm"))
+    (logits,) = linears(graph, weights, normed, (decoder.family.head,))
+    if decoder.logit_cap is not None:
+        logits = soft_cap(graph, logits, decoder.logit_cap, "logits.capped")
     graph.node("Identity", logits, name="logits")
 
 
-def _write_block(
-    graph: GraphWriter,
-    weights: Weights,
-    decoder: Decoder,
-    target: Target,
-    linears: Linears,
-    index: int,
-    stream: str,
-    branch: str | None,
-) -> tuple[str, str]:
-    family, block = decoder.family, decoder.family.block(index)
+@dataclass(frozen=True)
+class _Walk:
+    graph: GraphWriter
+    weights: Weights
+    decoder: Decoder
+    target: Target
+    linears: Linears
 
-    def vector(part: str) -> str:
-        name = f"{block}.{part}.weight"
-        return graph.weight(name, weights.array(name))
+    def embed(self, ids: str) -> str:
+        family, graph = self.decoder.family, self.graph
+        embedding = graph.weight("embedding", self.weights.array(f"{family.embedding}.weight"))
+        stream = graph.node("Gather", embedding, ids, name="embed")
+        if family.scaled_embedding:
+            scale = graph.scalar(self.decoder.embedding_scale)
+            stream = graph.node("Mul", stream, scale, name="embed.scaled")
+        if family.positions is None:
+            return stream
+        rows = self.weights.array(f"{family.positions}.weight")[family.first_position :]
+        table = graph.weight("positions.embedding", rows)
+        places = graph.node("Gather", table, self.target.positions(graph), name="embed.positions")
+        return graph.node("Add", stream, places, name="embed.placed")
 
-    normed, stream = target.norm(
-        graph, stream, branch, vector(family.attention_norm), f"{block}.{family.attention_norm}"
-    )
-    query_layer, key_layer, value_layer, output_layer = (f"{block}.{layer}" for layer in family.attention)
-    query, key, value = linears(graph, weights, normed, (query_layer, key_layer, value_layer))
-    head_norms = None
-    if family.query_key_norms:
-        head_norms = (vector(family.query_key_norms[0]), vector(family.query_key_norms[1]))
-    attended = target.attention(graph, index, query, key, value, head_norms)
-    (branch,) = linears(graph, weights, attended, (output_layer,))
+    def block(self, index: int, stream: str, branch: str | None) -> tuple[str, str]:
+        """The residual stream before the block's MLP is added to it, and what the MLP adds."""
+        family, name = self.decoder.family, self.decoder.family.block(index)
+        after_attention, after_mlp = family.branch_norms or (None, None)
+        norm = self.norm(f"{name}.{family.attention_norm}")
+        normed, stream = self.target.norm(self.graph, stream, branch, norm)
+        branch = self._normed_branch(name, after_attention, self._attention(index, normed))
+        norm = self.norm(f"{name}.{family.mlp_norm}")
+        normed, stream = self.target.norm(self.graph, stream, branch, norm)
+        return stream, self._normed_branch(name, after_mlp, self._mlp(name, normed))
 
-    normed, stream = target.norm(graph, stream, branch, vector(family.mlp_norm), f"{block}.{family.mlp_norm}")
-    gate_layer, up_layer, down_layer = (f"{block}.{layer}" for layer in family.mlp)
-    gate, up = linears(graph, weights, normed, (gate_layer, up_layer))
-    gated = graph.node("Mul", _activate(graph, gate, decoder.activation), up, name=f"{block}.mlp.product")
-    (branch,) = linears(graph, weights, gated, (down_layer,))
-    return stream, branch
+    def norm(self, module: str, name: str | None = None) -> Norm:
+        name, bias = name or module, self.weights.norm_bias(module)
+        return Norm(
+            name,
+            self.graph.weight(f"{name}.weight", self.weights.norm(module)),
+            None if bias is None else self.graph.weight(f"{name}.bias", bias),
+        )
+
+    def _normed_branch(self, block: str, norm: str | None, branch: str) -> str:
+        if norm is None:
+            return branch
+        return self.target.norm(self.graph, branch, None, self.norm(f"{block}.{norm}"))[0]
+
+    def _attention(self, index: int, normed: str) -> str:
+        decoder, name = self.decoder, self.decoder.family.block(index)
+        *inputs, output = (f"{name}.{layer}" for layer in decoder.family.attention)
+        keys = decoder.kv_heads * decoder.head_dim
+        widths = (decoder.heads * decoder.head_dim, keys, keys)
+        query, key, value = self._outputs(normed, inputs, widths)
+        head_norms = None
+        if decoder.family.query_key_norms:
+            of_query, of_key = (self.norm(f"{name}.{part}") for part in decoder.family.query_key_norms)
+            head_norms = of_query.weight, of_key.weight
+        attended = self.target.attention(self.graph, index, query, key, value, head_norms)
+        return self.linears(self.graph, self.weights, attended, (output,))[0]
+
+    def _mlp(self, block: str, normed: str) -> str:
+        decoder = self.decoder
+        *inputs, output = (f"{block}.{layer}" for layer in decoder.family.mlp)
+        if decoder.family.gated:
+            gate, up = self._outputs(normed, inputs, (decoder.intermediate,) * 2)
+            gate = activate(self.graph, gate, decoder.activation)
+            inner = self.graph.node("Mul", gate, up, name=f"{block}.mlp.product")
+        else:
+            (up,) = self.linears(self.graph, self.weights, normed, inputs)
+            inner = activate(self.graph, up, decoder.activation)
+        return self.linears(self.graph, self.weights, inner, (output,))[0]
+
+    def _outputs(self, x: str, layers: Sequence[str], widths: Sequence[int]) -> tuple[str, ...]:
+        """The outputs of these `widths`, be it of as many layers or of one that has them all."""
+        outputs = self.linears(self.graph, self.weights, x, layers)
+        if len(outputs) == len(widths):
+            return outputs
+        (fused,) = outputs
+        ends = np.cumsum(widths).tolist()
+        return tuple(
+            self.graph.slice(fused, end - width, end, axis=2, name=f"{fused}.{part}")
+            for part, (width, end) in enumerate(zip(widths, ends, strict=True))
+        )
 
 
-def _activate(graph: GraphWriter, x: str, activation: str) -> str:
-    if activation not in ("silu", "swish"):
-        raise UserError(f"config.json: activation {activation} is not supported by the exporter; silu is")
-    return graph.node("Mul", x, graph.node("Sigmoid", x, name=f"{x}.sigmoid"), name=f"{x}.silu")
+def write_norm(graph: GraphWriter, x: str, norm: Norm, epsilon: float) -> str:
+    """A norm over the last axis in primitive operators."""
+    if norm.bias is None:
+        return rms_norm(graph, x, norm.weight, epsilon, norm.name)
+    mean = graph.node("ReduceMean", x, name=f"{norm.name}.centre", axes=[-1], keepdims=1)
+    centred = graph.node("Sub", x, mean, name=f"{norm.name}.centred")
+    scaled = rms_norm(graph, centred, norm.weight, epsilon, f"{norm.name}.scaled")
+    return graph.node("Add", scaled, norm.bias, name=norm.name)
 
 
 def rms_norm(graph: GraphWriter, x: str, weight: str, epsilon: float, name: str) -> str:
@@ -158,27 +229,3 @@ def add_bias(graph: GraphWriter, weights: Weights, x: str, layer: str) -> str:
     if bias is None:
         return x
     return graph.node("Add", x, graph.weight(f"{layer}.bias", bias), name=f"{layer}.biased")
-
-
-def rotary_tables(config: Any, decoder: Decoder, positions: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cosine and sine of the rotary angles, float32 [positions, head_dim / 2] (RoPE, arXiv 2104.09864).
-
-    Scaled variants (Llama 3, linear, YaRN) come from transformers' own table of them. Raises UserError
-    for variants whose angles depend on the length of the text.
-    """
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    rope = getattr(config, "rope_scaling", None) or getattr(config, "rope_parameters", None) or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind in ("dynamic", "longrope"):
-        raise UserError(
-            f"config.json: rotary embedding of type {kind} depends on the text's length; not exportable"
-        )
-    if kind == "default":
-        theta = rope.get("rope_theta", getattr(config, "rope_theta", 10000.0))
-        exponents = torch.arange(0, decoder.head_dim, 2, dtype=torch.int64).float() / decoder.head_dim
-        frequencies, scale = 1.0 / (theta**exponents), 1.0
-    else:
-        frequencies, scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
-    angles = torch.outer(torch.arange(positions, dtype=torch.float32), frequencies.float())
-    return (angles.cos() * scale).numpy(), (angles.sin() * scale).numpy()

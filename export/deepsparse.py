@@ -13,9 +13,11 @@ import numpy as np
 from onnx import TensorProto
 
 from ..families import Decoder
-from .decoder import Weights, add_bias, rms_norm
+from .activation import soft_cap
+from .decoder import Norm, Weights, add_bias, rms_norm, write_norm
 from .graph import GraphWriter
 from .quantize import quantize_per_channel
+from .rotary import Tables, gather_rows, rotate
 
 # The newest operator set whose reductions take their axes as attributes, which is what the parser
 # of this engine (built on onnx 1.14) was tested with.
@@ -23,6 +25,8 @@ OPSET = 13
 IR_VERSION = 7
 # Added to masked scores; finite, because inf - inf in a softmax over a fully masked row is nan.
 MASKED = float(np.finfo(np.float32).min)
+# The engine's cache is longer than the positions: by one, and rounded up to its blocks.
+SPARE_COLUMNS = 256
 
 
 class DeepSparseTarget:
@@ -35,35 +39,33 @@ class DeepSparseTarget:
     readers, as a dynamic scale needs; without it the compiler aborts (greedy_assign_layouts.cpp).
     """
 
-    def __init__(self, decoder: Decoder, cosine: np.ndarray, sine: np.ndarray, detach_output: bool) -> None:
+    def __init__(self, decoder: Decoder, tables: Sequence[Tables | None], detach_output: bool) -> None:
         self.decoder = decoder
         self.detach_output = detach_output
-        self._tables = (np.tile(cosine, 2), np.tile(sine, 2))
+        self._tables = tables
+        self._rows: dict[str, tuple[str, str]] = {}
+        self._masks: dict[int | None, str] = {}
+        self._distance: str | None = None
 
     def begin(self, graph: GraphWriter) -> str:
         ids = graph.input("input_ids", TensorProto.INT64, ("batch", "tokens"))
-        attention_mask = graph.input("attention_mask", TensorProto.INT64, ("batch", "length"))
-        positions = graph.input("positions", TensorProto.INT64, ("batch", "tokens"))
+        self._attention_mask = graph.input("attention_mask", TensorProto.INT64, ("batch", "length"))
+        self._positions = graph.input("positions", TensorProto.INT64, ("batch", "tokens"))
         causal_mask = graph.input("causal_mask", TensorProto.INT64, ("batch", 1, "tokens", "length"))
         # Cast before anything else: integer arithmetic on the masks aborts the engine when it runs.
-        row = graph.node("Cast", attention_mask, name="attention_mask.float", to=TensorProto.FLOAT)
+        row = graph.node("Cast", self._attention_mask, name="attention_mask.float", to=TensorProto.FLOAT)
         row = graph.node("Unsqueeze", row, graph.constant([1, 2]), name="attention_mask.row")
         causal = graph.node("Cast", causal_mask, name="causal_mask.float", to=TensorProto.FLOAT)
-        allowed = graph.node("Mul", causal, row, name="mask.allowed")
-        blocked = graph.node("Sub", graph.scalar(1.0), allowed, name="mask.blocked")
-        self._mask = graph.node("Mul", blocked, graph.scalar(MASKED), name="mask")
-        self._cosine, self._sine = (
-            self._rotary_table(graph, positions, name, table)
-            for name, table in zip(("cosine", "sine"), self._tables, strict=True)
-        )
+        self._allowed = graph.node("Mul", causal, row, name="mask.allowed")
         return ids
 
-    def norm(
-        self, graph: GraphWriter, stream: str, branch: str | None, weight: str, name: str
-    ) -> tuple[str, str]:
+    def positions(self, graph: GraphWriter) -> str:
+        return self._positions
+
+    def norm(self, graph: GraphWriter, stream: str, branch: str | None, norm: Norm) -> tuple[str, str]:
         if branch is not None:
-            stream = graph.node("Add", stream, branch, name=f"{name}.stream")
-        return rms_norm(graph, stream, weight, self.decoder.norm_epsilon, name), stream
+            stream = graph.node("Add", stream, branch, name=f"{norm.name}.stream")
+        return write_norm(graph, stream, norm, self.decoder.norm_epsilon), stream
 
     def attention(
         self,
@@ -81,15 +83,18 @@ class DeepSparseTarget:
         if head_norms:
             query = rms_norm(graph, query, head_norms[0], decoder.norm_epsilon, f"{name}.query.norm")
             key = rms_norm(graph, key, head_norms[1], decoder.norm_epsilon, f"{name}.key.norm")
-        query = self._rotate(graph, query, f"{name}.query")
-        key = self._repeat(graph, self._rotate(graph, key, f"{name}.key"), f"{name}.key")
+        query = self._rotate(graph, block, query, f"{name}.query")
+        key = self._repeat(graph, self._rotate(graph, block, key, f"{name}.key"), f"{name}.key")
         value = self._repeat(graph, value, f"{name}.value")
         keys = self._cached(graph, block, "key", key)
         values = self._cached(graph, block, "value", value)
         keys = graph.node("Transpose", keys, name=f"{name}.keys", perm=[0, 1, 3, 2])
         scores = graph.node("MatMul", query, keys, name=f"{name}.product")
-        scores = graph.node("Mul", scores, graph.scalar(decoder.head_dim**-0.5), name=f"{name}.scaled")
-        scores = graph.node("Add", scores, self._mask, name=f"{name}.masked")
+        scores = graph.node("Mul", scores, graph.scalar(decoder.query_scale), name=f"{name}.scaled")
+        if decoder.attention_cap is not None:
+            scores = soft_cap(graph, scores, decoder.attention_cap, f"{name}.capped")
+        mask = self._mask(graph, decoder.windows[block])
+        scores = graph.node("Add", scores, mask, name=f"{name}.masked")
         share = graph.node("Softmax", scores, name=f"{name}.softmax", axis=-1)
         mixed = graph.node("MatMul", share, values, name=f"{name}.mixed")
         mixed = graph.node("Transpose", mixed, name=f"{name}.tokens", perm=[0, 2, 1, 3])
@@ -97,11 +102,42 @@ class DeepSparseTarget:
         mixed = graph.node("Reshape", mixed, graph.constant([0, 0, width]), name=f"{name}.output")
         return self._halves(graph, mixed, width, 2, f"{name}.detached") if self.detach_output else mixed
 
-    def _rotary_table(self, graph: GraphWriter, positions: str, name: str, table: np.ndarray) -> str:
-        rows = graph.node(
-            "Gather", graph.weight(f"rotary.{name}", table), positions, name=f"rotary.{name}.rows"
-        )
-        return graph.node("Unsqueeze", rows, graph.constant([1]), name=f"rotary.{name}.heads")
+    def _mask(self, graph: GraphWriter, window: int | None) -> str:
+        """What is added to the scores of blocks with this window, [batch, 1, tokens, length]."""
+        if window not in self._masks:
+            name = "mask" if window is None else f"mask.{window}"
+            allowed = self._allowed if window is None else self._latest(graph, window, name)
+            blocked = graph.node("Sub", graph.scalar(1.0), allowed, name=f"{name}.blocked")
+            self._masks[window] = graph.node("Mul", blocked, graph.scalar(MASKED), name=name)
+        return self._masks[window]
+
+    def _latest(self, graph: GraphWriter, window: int, name: str) -> str:
+        """1 where a key is among the latest `window` that its query may see, else 0."""
+        if self._distance is None:
+            self._distance = self._columns_apart(graph)
+        room = graph.node("Sub", graph.scalar(float(window)), self._distance, name=f"{name}.room")
+        near = graph.node("Clip", room, graph.scalar(0.0), graph.scalar(1.0), name=f"{name}.near")
+        return graph.node("Mul", self._allowed, near, name=f"{name}.latest")
+
+    def _columns_apart(self, graph: GraphWriter) -> str:
+        """How far each key is behind each query, [tokens, length]: the latest are the last columns.
+
+        It depends on shapes alone, so the engine computes it when it compiles. Counting the ones of the
+        mask instead (CumSum) ends its compiler.
+        """
+        count = self.decoder.max_positions + SPARE_COLUMNS
+        ramp = graph.weight("mask.columns", np.arange(count, dtype=np.float32))
+        length = self._size(graph, self._attention_mask, "mask.length")
+        tokens = self._size(graph, self._positions, "mask.tokens")
+        first = graph.node("Sub", length, tokens, name="mask.first")
+        keys = graph.node("Slice", ramp, graph.constant([0]), length, name="mask.keys")
+        queries = graph.node("Slice", ramp, first, length, name="mask.queries.row")
+        queries = graph.node("Unsqueeze", queries, graph.constant([1]), name="mask.queries")
+        return graph.node("Sub", queries, keys, name="mask.distance")
+
+    def _size(self, graph: GraphWriter, x: str, name: str) -> str:
+        """The second axis of x, int64 [1]."""
+        return graph.slice(graph.node("Shape", x, name=f"{name}.shape"), 1, 2, axis=0, name=name)
 
     def _heads(self, graph: GraphWriter, x: str, heads: int, name: str) -> str:
         # Zeros copy the batch and token counts: the engine overrides the input shapes at load.
@@ -110,22 +146,17 @@ class DeepSparseTarget:
         )
         return graph.node("Transpose", split, name=f"{name}.heads", perm=[0, 2, 1, 3])
 
-    def _rotate(self, graph: GraphWriter, x: str, name: str) -> str:
-        first, second = self._split(graph, x, self.decoder.head_dim, 3, name)
-        negated = graph.node("Neg", second, name=f"{name}.negated")
-        turned = graph.node("Concat", negated, first, name=f"{name}.turned", axis=3)
-        straight = graph.node("Mul", x, self._cosine, name=f"{name}.cosine")
-        turned = graph.node("Mul", turned, self._sine, name=f"{name}.sine")
-        return graph.node("Add", straight, turned, name=f"{name}.rotated")
-
-    def _split(self, graph: GraphWriter, x: str, width: int, axis: int, name: str) -> tuple[str, str]:
-        start, half, end = graph.constant([0]), graph.constant([width // 2]), graph.constant([width])
-        first = graph.node("Slice", x, start, half, graph.constant([axis]), name=f"{name}.first")
-        second = graph.node("Slice", x, half, end, graph.constant([axis]), name=f"{name}.second")
-        return first, second
+    def _rotate(self, graph: GraphWriter, block: int, x: str, name: str) -> str:
+        tables = self._tables[block]
+        if tables is None:
+            return x
+        if tables.label not in self._rows:
+            self._rows[tables.label] = gather_rows(graph, tables, self._positions, heads_axis=1)
+        return rotate(graph, self.decoder, x, self._rows[tables.label], name)
 
     def _halves(self, graph: GraphWriter, x: str, width: int, axis: int, name: str) -> str:
-        first, second = self._split(graph, x, width, axis, name)
+        first = graph.slice(x, 0, width // 2, axis=axis, name=f"{name}.first")
+        second = graph.slice(x, width // 2, width, axis=axis, name=f"{name}.second")
         return graph.node("Concat", first, second, name=name, axis=axis)
 
     def _repeat(self, graph: GraphWriter, x: str, name: str) -> str:

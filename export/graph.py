@@ -76,6 +76,11 @@ class GraphWriter:
         )
         return tuple(outputs)
 
+    def slice(self, x: str, start: int, end: int, *, axis: int, name: str) -> str:
+        """x[start:end] along one axis."""
+        bounds = (self.constant([value]) for value in (start, end, axis))
+        return self.node("Slice", x, *bounds, name=name)
+
     def constant(self, value: np.ndarray | Sequence[int]) -> str:
         """A small constant, stored in the protobuf; equal ones are stored once."""
         array = np.ascontiguousarray(value, dtype=None if isinstance(value, np.ndarray) else np.int64)

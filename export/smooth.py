@@ -49,10 +49,13 @@ class SmoothedWeights(Weights):
         super().__init__(checkpoint, decoder)
         self._smoothing = smoothing
 
-    def array(self, name: str) -> np.ndarray:
-        array = super().array(name)
-        divisor = self._smoothing.norms.get(name.removesuffix(".weight"))
-        return array if divisor is None else array / divisor
+    def norm(self, norm: str) -> np.ndarray:
+        weight, divisor = super().norm(norm), self._smoothing.norms.get(norm)
+        return weight if divisor is None else weight / divisor
+
+    def norm_bias(self, norm: str) -> np.ndarray | None:
+        bias, divisor = super().norm_bias(norm), self._smoothing.norms.get(norm)
+        return bias if bias is None or divisor is None else bias / divisor
 
     def linear(self, layer: str) -> np.ndarray:
         weight = super().linear(layer)
@@ -131,8 +134,8 @@ def _add_block(
     smoothing: Smoothing, decoder: Decoder, index: int, peaks: Mapping[str, np.ndarray], block: Block
 ) -> None:
     family, prefix = decoder.family, decoder.family.block(index)
-    query, key, value, output = family.attention
-    gate, up, down = family.mlp
+    *readers, output = family.attention
+    *risers, down = family.mlp
 
     def weight_peak(*layers: str) -> np.ndarray:
         return np.max(
@@ -143,22 +146,23 @@ def _add_block(
         """The largest over the query heads that read one value head, [kv_heads * head_dim]."""
         return peak.reshape(decoder.kv_heads, decoder.group, decoder.head_dim).max(1).reshape(-1)
 
-    attention = smoothing_factors(peaks[query], weight_peak(query, key, value))
-    mlp = smoothing_factors(peaks[gate], weight_peak(gate, up))
+    def last_rows(layer: str, divisor: np.ndarray) -> np.ndarray:
+        """Value and up are the last rows of a layer that others are fused into."""
+        return np.pad(divisor, (block.linears[layer].out_features - len(divisor), 0), constant_values=1.0)
+
+    attention = smoothing_factors(peaks[readers[0]], weight_peak(*readers))
+    mlp = smoothing_factors(peaks[risers[0]], weight_peak(*risers))
     product = smoothing_factors(peaks[down], weight_peak(down))
+    if not decoder.mlp_is_linear_in_up:
+        product = np.ones_like(product)
     mixed = smoothing_factors(by_value_channel(peaks[output]), by_value_channel(weight_peak(output)))
     heads = mixed.reshape(decoder.kv_heads, 1, decoder.head_dim).repeat(decoder.group, 1).reshape(-1)
-    factors = {
-        query: attention,
-        key: attention,
-        value: attention,
-        gate: mlp,
-        up: mlp,
-        down: product,
-        output: heads,
-    }
+    factors = dict.fromkeys(readers, attention) | dict.fromkeys(risers, mlp) | {down: product, output: heads}
     smoothing.columns.update({f"{prefix}.{layer}": factor for layer, factor in factors.items()})
-    smoothing.rows.update({f"{prefix}.{value}": mixed, f"{prefix}.{up}": product})
+    value, up = readers[-1], risers[-1]
+    smoothing.rows.update(
+        {f"{prefix}.{value}": last_rows(value, mixed), f"{prefix}.{up}": last_rows(up, product)}
+    )
     smoothing.norms.update(
         {f"{prefix}.{family.attention_norm}": attention, f"{prefix}.{family.mlp_norm}": mlp}
     )

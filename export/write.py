@@ -9,9 +9,10 @@ from typing import Any
 
 from ..families import Decoder
 from . import deepsparse, onnxruntime
-from .decoder import Linears, Weights, rotary_tables, write_decoder
+from .decoder import Linears, Weights, write_decoder
 from .graph import GraphWriter
 from .plan import Graph
+from .rotary import tables_by_block
 
 # Inputs that share a scale in MatMulNBits. 32 is its finest and most accurate block.
 BLOCK_SIZE = 32
@@ -32,30 +33,22 @@ def write_graph(
 
     Peak memory is the largest tensor in fp32, once as read and once as stored.
     """
-    positions = _positions(graph, decoder)
-    cosine, sine = rotary_tables(config, decoder, positions)
+    tables = tables_by_block(config, decoder, decoder.max_positions)
     linears, notes = _linears(graph)
     if graph.engine == "deepsparse":
         writer = GraphWriter(folder, opset=deepsparse.OPSET, ir_version=deepsparse.IR_VERSION)
         dynamic = graph.precision != "fp32"
-        target: Any = deepsparse.DeepSparseTarget(decoder, cosine, sine, detach_output=dynamic)
+        target: Any = deepsparse.DeepSparseTarget(decoder, tables, detach_output=dynamic)
     else:
         writer = GraphWriter(
             folder, opset=onnxruntime.OPSET, ir_version=onnxruntime.IR_VERSION, microsoft=True
         )
-        target = onnxruntime.OnnxRuntimeTarget(decoder, cosine, sine)
-    if positions < decoder.max_positions:
-        notes += (f"positions end at {positions}, the sliding window of the model",)
+        target = onnxruntime.OnnxRuntimeTarget(decoder, tables)
+    if decoder.max_positions < config.max_position_embeddings:
+        notes += (f"positions end at {decoder.max_positions}, where longer texts would change all angles",)
     write_decoder(writer, weights, decoder, target, linears, advance)
     model = writer.close(f"{decoder.family.name} decoder, {graph.label}")
     return Written(model, writer.weight_bytes, writer.opset, notes)
-
-
-def _positions(graph: Graph, decoder: Decoder) -> int:
-    """DeepSparse graphs attend to all they are given, so their positions end where a window would begin."""
-    if graph.engine == "deepsparse" and decoder.sliding_window:
-        return min(decoder.max_positions, decoder.sliding_window)
-    return decoder.max_positions
 
 
 def _linears(graph: Graph) -> tuple[Linears, tuple[str, ...]]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..errors import UserError
-from ..families import Decoder
+from ..families import Decoder, Family
 
 ALL_LINEAR = ("__ALL__", "__ALL_PRUNABLE__", "__ALL_QUANTIZABLE__")
 
@@ -27,30 +27,39 @@ class Module:
 def modules_of(decoder: Decoder) -> list[Module]:
     """The modules of a model, in model order: outer ones before inner ones."""
     family = decoder.family
-    prefix = family.architectures[0].removesuffix("ForCausalLM")
+    prefix = _class_prefix(family)
+    base = family.blocks.rpartition(".")[0]
     before = [
         Module("", family.architectures[0]),
-        Module(family.blocks.rpartition(".")[0], f"{prefix}Model"),
-        Module(family.embedding, "Embedding"),
+        Module(base, family.base_class or f"{prefix}Model"),
+        Module(family.embedding, family.embedding_class),
         Module(family.blocks, "ModuleList"),
     ]
     blocks = [module for i in range(decoder.blocks) for module in _modules_of_block(decoder, prefix, i)]
-    return [*before, *blocks, Module(family.final_norm, f"{prefix}RMSNorm"), Module(family.head, "Linear")]
+    return [*before, *blocks, Module(family.final_norm, _norm_class(family)), Module(family.head, "Linear")]
+
+
+def _class_prefix(family: Family) -> str:
+    return family.architectures[0].removesuffix("ForCausalLM")
+
+
+def _norm_class(family: Family) -> str:
+    return "LayerNorm" if family.norm == "layer" else f"{_class_prefix(family)}RMSNorm"
 
 
 def _modules_of_block(decoder: Decoder, prefix: str, index: int) -> Iterator[Module]:
     family = decoder.family
     block = family.block(index)
     yield Module(block, f"{prefix}DecoderLayer")
-    parents: set[str] = set()
-    for linear in family.linears:
-        parent = linear.rpartition(".")[0]
-        if parent not in parents:
-            parents.add(parent)
-            yield Module(f"{block}.{parent}", f"{prefix}{'MLP' if parent == 'mlp' else 'Attention'}")
-        yield Module(f"{block}.{linear}", "Linear")
-    for norm in (family.attention_norm, family.mlp_norm, *(family.query_key_norms or ())):
-        yield Module(f"{block}.{norm}", f"{prefix}RMSNorm")
+    for layers, kind in ((family.attention, "Attention"), (family.mlp, "MLP")):
+        parent = layers[0].rpartition(".")[0]
+        if parent:
+            yield Module(f"{block}.{parent}", f"{prefix}{kind}")
+        for layer in layers:
+            yield Module(f"{block}.{layer}", "Linear")
+    norms = (family.attention_norm, family.mlp_norm)
+    for norm in norms + (family.branch_norms or ()) + (family.query_key_norms or ()):
+        yield Module(f"{block}.{norm}", _norm_class(family))
 
 
 def linears_within(module: str, decoder: Decoder) -> list[str]:
@@ -111,4 +120,4 @@ def _first_match(module: Module, targets: list[str], patterns: list[re.Pattern[s
 
 
 def _has_weight(module: Module) -> bool:
-    return module.kind in ("Linear", "Embedding") or module.kind.endswith("RMSNorm")
+    return module.kind.endswith(("Linear", "Embedding", "Norm"))

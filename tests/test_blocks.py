@@ -15,28 +15,27 @@ from dlp_deploy.errors import UserError
 from dlp_deploy.hidden import HiddenStates
 from dlp_deploy.models import resolve_model
 
-from .tiny_models import TINY_CONFIGS
+from .tiny_models import TINY_CONFIGS, torch_model
 
 
 @pytest.fixture
 def windows() -> torch.Tensor:
-    """Five windows of 700 tokens: batches of two, the last one short."""
-    return torch.randint(512, (5, 700), generator=torch.Generator().manual_seed(0))
+    """Twelve windows of 250 tokens: a batch of eight and a shorter one."""
+    return torch.randint(512, (12, 250), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("kind", sorted(TINY_CONFIGS))
+@pytest.mark.parametrize("kind", TINY_CONFIGS)
 def test_logits_are_those_of_transformers(
     kind: str, tiny_checkpoint: Callable[[str], Path], windows: torch.Tensor
 ) -> None:
-    ids = windows[:, :200]
-    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint(kind)).eval()
+    ids = windows[:5, :120]
     with torch.no_grad():
-        expected = model(ids).logits
+        expected = torch_model(tiny_checkpoint(kind))(ids).logits
     found = torch.stack(list(logits_of(resolve_model(str(tiny_checkpoint(kind))), ids)))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "phi3", "opt"])
 def test_inputs_are_measured_in_every_linear_layer(
     kind: str, tiny_checkpoint: Callable[[str], Path], windows: torch.Tensor, tmp_path: Path
 ) -> None:
@@ -50,17 +49,17 @@ def test_inputs_are_measured_in_every_linear_layer(
     inputs = measure_inputs(block, before, "norms", model.device, after)
     gram = measure_inputs(block, before, "gram", model.device)
 
-    reference = AutoModelForCausalLM.from_pretrained(files.folder).eval()
+    reference = torch_model(files.folder)
     seen: dict[str, torch.Tensor] = {}
     for name in model.decoder.family.linears:
-        linear = reference.model.layers[0].get_submodule(name)
+        linear = reference.get_submodule(f"{model.decoder.family.block(0)}.{name}")
         linear.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0]}))
     with torch.no_grad():
         outputs = reference(windows, output_hidden_states=True).hidden_states
-    torch.testing.assert_close(after.read(slice(0, 5)), outputs[1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(after.read(slice(0, 12)), outputs[1], rtol=1e-4, atol=1e-4)
     assert set(inputs.norms()) == set(model.decoder.family.linears)
     for name, norms in inputs.norms().items():
-        rows = seen[name].flatten(0, 1).double()
+        rows = seen[name].flatten(0, -2).double()
         torch.testing.assert_close(norms.double(), rows.norm(dim=0), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(gram.of(name).double(), rows.T @ rows, rtol=1e-4, atol=1e-3)
         torch.testing.assert_close(gram.norms()[name], norms, rtol=1e-4, atol=1e-4)
@@ -72,7 +71,7 @@ def test_layers_with_one_input_are_measured_once(
     files = resolve_model(str(tiny_checkpoint("llama")))
     model = BlockModel(files, open_checkpoint(files))
     hidden = HiddenStates(tmp_path / "hidden", (*windows.shape, 64))
-    inputs = measure_inputs(model.block(0, model.read_block(0), 700), hidden, "norms", model.device)
+    inputs = measure_inputs(model.block(0, model.read_block(0), 250), hidden, "norms", model.device)
     assert list(inputs.values) == ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"]
 
 

@@ -15,15 +15,16 @@ from transformers import AutoModelForCausalLM
 from dlp_deploy.artifact import EngineName, Precision
 from dlp_deploy.checkpoint import open_checkpoint
 from dlp_deploy.errors import UserError
-from dlp_deploy.export.decoder import Weights, rotary_tables
+from dlp_deploy.export.decoder import Weights
 from dlp_deploy.export.plan import Graph, plan_graphs
 from dlp_deploy.export.quantize import quantize_per_channel
+from dlp_deploy.export.rotary import rotary_tables
 from dlp_deploy.export.verify import VerificationError, check_structure, count_zeros, graph_logits
 from dlp_deploy.export.write import write_graph
 from dlp_deploy.families import decoder_of
 from dlp_deploy.models import load_config, resolve_model
 
-from .conftest import TINY_CONFIGS
+from .tiny_models import LLAMA3_ROPE, TINY_CONFIGS, torch_model
 
 IDS = np.random.default_rng(0).integers(0, 500, 40)
 PROMPT = 24
@@ -54,13 +55,13 @@ def test_fp32_logits_are_those_of_torch(
 ) -> None:
     model = exported(tmp_path, tiny_checkpoint(kind), engine, "fp32")
     check_structure(model)
-    expected = torch_logits(AutoModelForCausalLM.from_pretrained(tiny_checkpoint(kind)))
+    expected = torch_logits(torch_model(tiny_checkpoint(kind)))
     assert relative_error(graph_logits(model, IDS, PROMPT), expected) < 1e-5
 
 
 def fake_quantized(checkpoint: Path) -> torch.nn.Module:
     """The int8 scheme written a second time, in torch: weights per channel, inputs per token."""
-    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    model = torch_model(checkpoint)
 
     def quantize_input(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
         scale = inputs[0].abs().amax(-1, keepdim=True) / 127
@@ -74,17 +75,14 @@ def fake_quantized(checkpoint: Path) -> torch.nn.Module:
     return model
 
 
-@pytest.mark.parametrize("kind", ["llama", "llama-bias", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama", "llama-bias", "qwen3", "gemma2", "phi3", "opt"])
 def test_int8_for_deepsparse_is_the_scheme_it_claims(
     kind: str, tmp_path: Path, tiny_checkpoint: Callable[[str], Path]
 ) -> None:
     logits = graph_logits(exported(tmp_path, tiny_checkpoint(kind), "deepsparse", "int8"), IDS, PROMPT)
     # A sum that differs in its last bit may round an activation to the next step.
     assert relative_error(logits, torch_logits(fake_quantized(tiny_checkpoint(kind)))) < 2e-2
-    assert (
-        relative_error(logits, torch_logits(AutoModelForCausalLM.from_pretrained(tiny_checkpoint(kind))))
-        > 1e-4
-    )
+    assert relative_error(logits, torch_logits(torch_model(tiny_checkpoint(kind)))) > 1e-4
 
 
 @pytest.mark.parametrize(("precision", "limit"), [("int8", 0.25), ("int4", 0.9)])
@@ -147,13 +145,7 @@ def test_a_pruned_weight_that_is_not_zero_is_found(engine: str, tmp_path: Path, 
     "scaling",
     [
         {"rope_type": "linear", "factor": 2.0},
-        {
-            "rope_type": "llama3",
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64,
-        },
+        LLAMA3_ROPE,
     ],
 )
 def test_scaled_rotary_tables_are_those_of_transformers(scaling: dict[str, Any]) -> None:

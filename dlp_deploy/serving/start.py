@@ -34,7 +34,7 @@ def start(
     """See dlp_deploy.serving.serve."""
     graph = _graph(folder, engine, precision)
     files = ModelFiles(folder.resolve().name, str(folder), graph.parent)
-    chosen, positions = choose_cores(cores), _positions(files, engine, context)
+    chosen, positions = choose_cores(cores), _positions(files, context)
     codec = open_codec(files)
     with (
         termination_as_interrupt(),
@@ -62,11 +62,8 @@ def _graph(folder: Path, engine: str, precision: str | None) -> Path:
     )
 
 
-def _positions(files: ModelFiles, engine: str, asked: int | None) -> int:
-    decoder = decoder_of(load_config(files))
-    # DeepSparse graphs end where a sliding window would begin.
-    window = decoder.sliding_window if engine == "deepsparse" else None
-    most = min(decoder.max_positions, window or decoder.max_positions)
+def _positions(files: ModelFiles, asked: int | None) -> int:
+    most = decoder_of(load_config(files)).max_positions
     if asked is not None and not 2 <= asked <= most:
         raise UserError(f"--context {asked}: this model takes 2 to {most} tokens")
     return asked or min(DEFAULT_CONTEXT, most)
