@@ -103,7 +103,8 @@ class Export(_Stored):
     """One ONNX graph of the artifact, in folder `path`.
 
     `sparsity` is the share of zeros counted in the exported block weights; it exceeds that of the
-    masks by `rounded_to_zero`, the share of kept weights that quantization made zero.
+    masks by `rounded_to_zero`, the share of kept weights that quantization made zero. `rounding` is
+    "gptq" or "nearest", None in fp32; `block_size` the inputs that share a scale, None for all.
     """
 
     path: str
@@ -114,6 +115,8 @@ class Export(_Stored):
     rounded_to_zero: float
     weight_bytes: int
     opset: int
+    rounding: str | None = None
+    block_size: int | None = None
     checks: tuple[OutputCheck, ...] = ()
     notes: tuple[str, ...] = ()
 

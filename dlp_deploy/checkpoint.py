@@ -75,6 +75,9 @@ class Checkpoint:
         """The stored dtype; float32 for what GGUF stores quantized."""
         return self._tensors[name].dtype
 
+    def stored(self, name: str) -> StoredTensor:
+        return self._tensors[name]
+
     def file(self, name: str) -> Path:
         return self._tensors[name].file
 

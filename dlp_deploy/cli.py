@@ -80,6 +80,11 @@ Targets = Annotated[str, typer.Option(help="Engines to export for: deepsparse, o
 Baseline = Annotated[
     str, typer.Option(help="Dense graphs for comparison in ONNX Runtime: fp32, int8, int4, or none.")
 ]
+Rounding = Annotated[
+    str,
+    typer.Option(help="How weights are quantized: gptq (chosen on text, more accurate) or nearest (faster)."),
+]
+BlockSize = Annotated[int, typer.Option(help="Inputs that share a scale in ONNX Runtime's graphs.")]
 
 
 @app.command("prune-export")
@@ -97,6 +102,8 @@ def prune_export_command(
     seqlen: Length = 2048,
     target: Targets = "deepsparse,onnxruntime",
     baseline: Baseline = "fp32",
+    rounding: Rounding = "gptq",
+    block_size: BlockSize = 32,
     output: Output = None,
     seed: Seed = 0,
     device: Device = "auto",
@@ -153,6 +160,8 @@ def export(
     quant: Quant = "int8",
     target: Targets = "deepsparse,onnxruntime",
     baseline: Baseline = "fp32",
+    rounding: Rounding = "gptq",
+    block_size: BlockSize = 32,
     force: Force = False,
 ) -> None:
     """The second half of prune-export: add verified ONNX graphs to an artifact."""

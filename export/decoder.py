@@ -19,6 +19,7 @@ from ..checkpoint import Checkpoint
 from ..families import Decoder
 from .activation import activate, soft_cap
 from .graph import GraphWriter
+from .quantize import Grid, Quantized, quantize
 
 
 class Weights:
@@ -38,6 +39,10 @@ class Weights:
         if layer == self._decoder.family.head and name not in self._names:
             name = f"{self._decoder.family.embedding}.weight"
         return self.array(name)
+
+    def quantized(self, layer: str, grid: Grid) -> Quantized:
+        """The weight of a linear layer on a grid, each value rounded to the nearest level."""
+        return quantize(self.linear(layer), grid)
 
     def bias(self, layer: str) -> np.ndarray | None:
         name = f"{layer}.bias"

@@ -16,7 +16,7 @@ from ..families import Decoder
 from .activation import soft_cap
 from .decoder import Norm, Weights, add_bias, rms_norm, write_norm
 from .graph import GraphWriter
-from .quantize import quantize_per_channel
+from .quantize import Grid
 from .rotary import Tables, gather_rows, rotate
 
 # The newest operator set whose reductions take their axes as attributes, which is what the parser
@@ -196,12 +196,12 @@ class Int8Linears:
     """Int8 weights per output channel; activations int8 per token, measured as the model runs.
 
     The operators are those that the engine fuses at full speed: QuantizeLinear around 128,
-    MatMulInteger, and the two scales multiplied in behind it. `bits` below 8 put the weights on a
-    coarser grid in the same int8 container.
+    MatMulInteger, and the two scales multiplied in behind it. A grid of fewer than 8 bits is a
+    coarser one in the same int8 container.
     """
 
-    def __init__(self, bits: int = 8) -> None:
-        self.bits = bits
+    def __init__(self, grid: Grid) -> None:
+        self.grid = grid
 
     def __call__(
         self, graph: GraphWriter, weights: Weights, x: str, layers: Sequence[str]
@@ -212,13 +212,13 @@ class Int8Linears:
     def _product(
         self, graph: GraphWriter, weights: Weights, quantized: str, token_scale: str, layer: str
     ) -> str:
-        stored = quantize_per_channel(weights.linear(layer), self.bits)
-        values = graph.weight(f"{layer}.weight", stored.values.T)
+        stored = weights.quantized(layer, self.grid)
+        values = graph.weight(f"{layer}.weight", stored.levels.T)
         zero_points = graph.constant(_ZERO_POINT), graph.constant(_NO_OFFSET)
         product = graph.node("MatMulInteger", quantized, values, *zero_points, name=f"{layer}.integer")
         product = graph.node("Cast", product, name=f"{layer}.float", to=TensorProto.FLOAT)
         product = graph.node(
-            "Mul", product, graph.weight(f"{layer}.scale", stored.scale), name=f"{layer}.channels"
+            "Mul", product, graph.weight(f"{layer}.scale", stored.scale[:, 0]), name=f"{layer}.channels"
         )
         output = graph.node("Mul", product, token_scale, name=layer)
         return add_bias(graph, weights, output, layer)

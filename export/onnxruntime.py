@@ -17,7 +17,7 @@ from ..errors import UserError
 from ..families import Decoder
 from .decoder import Norm, Weights, add_bias, rms_norm, write_norm
 from .graph import GraphWriter
-from .quantize import quantize_per_block
+from .quantize import Grid, pack_blocks
 from .rotary import Tables, gather_rows, rotate
 
 OPSET = 17
@@ -151,11 +151,10 @@ class OnnxRuntimeTarget:
 
 
 class BlockLinears:
-    """MatMulNBits: 4- or 8-bit weights with one scale per `block` inputs, int8 arithmetic."""
+    """MatMulNBits: 4- or 8-bit weights with one scale per block of inputs, int8 arithmetic."""
 
-    def __init__(self, bits: int, block: int) -> None:
-        self.bits = bits
-        self.block = block
+    def __init__(self, grid: Grid) -> None:
+        self.grid = grid
 
     def __call__(
         self, graph: GraphWriter, weights: Weights, x: str, layers: Sequence[str]
@@ -165,18 +164,18 @@ class BlockLinears:
         )
 
     def _product(self, graph: GraphWriter, weights: Weights, x: str, layer: str) -> str:
-        weight = weights.linear(layer)
-        stored = quantize_per_block(weight, self.bits, self.block)
+        stored = weights.quantized(layer, self.grid)
+        out, inputs = stored.levels.shape
         return graph.node(
             "MatMulNBits",
             x,
-            graph.weight(f"{layer}.weight", stored.packed),
+            graph.weight(f"{layer}.weight", pack_blocks(stored)),
             graph.weight(f"{layer}.scale", stored.scale),
             name=layer,
             domain=MICROSOFT,
-            K=weight.shape[1],
-            N=weight.shape[0],
-            bits=self.bits,
-            block_size=self.block,
+            K=inputs,
+            N=out,
+            bits=self.grid.bits,
+            block_size=self.grid.block,
             accuracy_level=INT8_ACCURACY,
         )

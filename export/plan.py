@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast, get_args
+from typing import Literal, cast, get_args
 
 from ..artifact import EngineName, Precision
 from ..errors import UserError
+from .quantize import Grid
+
+Rounding = Literal["gptq", "nearest"]
+# The finest and most accurate block of MatMulNBits.
+BLOCK_SIZE = 32
+BLOCK_SIZES = (16, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True)
@@ -18,6 +24,26 @@ class Graph:
     precision: Precision
     dense: bool
     folder: str
+    rounding: Rounding = "gptq"
+    block_size: int = BLOCK_SIZE
+
+    @property
+    def grid(self) -> Grid | None:
+        """What the weights are rounded to; None for fp32."""
+        if self.precision == "fp32":
+            return None
+        block = None if self.engine == "deepsparse" else self.block_size
+        return Grid(8 if self.precision == "int8" else 4, block)
+
+    @property
+    def token_scales(self) -> bool:
+        """Whether activations are int8 with one scale per token, which smoothing is for."""
+        return self.engine == "deepsparse" and self.precision != "fp32"
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether rounding is chosen on text. 8 bits per block lose nothing to regain."""
+        return self.rounding == "gptq" and (self.token_scales or self.precision == "int4")
 
     @property
     def label(self) -> str:
@@ -33,12 +59,19 @@ def split_list(text: str, allowed: Sequence[str], option: str) -> tuple[str, ...
     return names
 
 
-def plan_graphs(quant: str, target: str, baseline: str) -> tuple[Graph, ...]:
+def plan_graphs(
+    quant: str, target: str, baseline: str, rounding: str = "gptq", block_size: int = BLOCK_SIZE
+) -> tuple[Graph, ...]:
     """Sparse graphs for each target in each precision, then dense baselines for ONNX Runtime.
 
     The first precision of `quant` is the artifact's own and goes to <engine>/, others to
     <engine>-<precision>/. `baseline` may be "none". Raises UserError for unknown names.
     """
+    if rounding not in get_args(Rounding):
+        raise UserError(f"--rounding {rounding} is not known; it takes: {', '.join(get_args(Rounding))}")
+    if block_size not in BLOCK_SIZES:
+        sizes = ", ".join(map(str, BLOCK_SIZES))
+        raise UserError(f"--block-size {block_size}: ONNX Runtime takes {sizes}")
     precisions = split_list(quant, get_args(Precision), "--quant")
     engines = split_list(target, get_args(EngineName), "--target")
     if not precisions or not engines:
@@ -51,10 +84,22 @@ def plan_graphs(quant: str, target: str, baseline: str) -> tuple[Graph, ...]:
             cast(Precision, precision),
             False,
             engine if first else f"{engine}-{precision}",
+            cast(Rounding, rounding),
+            block_size,
         )
         for engine in engines
         for first, precision in ((precision == precisions[0], precision) for precision in precisions)
     ]
     names = () if baseline == "none" else split_list(baseline, get_args(Precision), "--baseline")
-    dense = [Graph("onnxruntime", cast(Precision, name), True, f"baseline/{name}") for name in names]
+    dense = [
+        Graph(
+            "onnxruntime",
+            cast(Precision, name),
+            True,
+            f"baseline/{name}",
+            cast(Rounding, rounding),
+            block_size,
+        )
+        for name in names
+    ]
     return (*sparse, *dense)

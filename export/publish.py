@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
 
 from ..artifact import CHECKPOINT, Export, OutputCheck
 from ..bench.engines import engine_named
 from ..bench.environments import list_engines
-from ..checkpoint import open_checkpoint
+from ..checkpoint import Checkpoint, open_checkpoint
 from ..families import Decoder, decoder_of
 from ..models import ModelFiles, load_config
 from ..progress import progress, say
 from ..storage import partial_folder, write_text
+from .calibrated import CalibratedWeights, quantization_text
 from .companions import write_companions
 from .decoder import Weights
 from .plan import Graph
 from .reference import Reference, torch_reference, write_reference
-from .smooth import SmoothedWeights, Smoothing, measure_smoothing
+from .smooth import measure_smoothing, smoothed_checkpoint
 from .verify import (
     check_structure,
     compare_logits,
@@ -46,15 +51,30 @@ class Source:
         return torch_reference(self.files)
 
     @cached_property
-    def smoothing(self) -> Smoothing:
-        return measure_smoothing(self.files)
+    def text(self) -> torch.Tensor:
+        return quantization_text(self.files, self.decoder.max_positions)
 
-    def weights(self, graph: Graph, decoder: Decoder) -> Weights:
-        """The weights as `graph` wants them: smoothed where activations have one scale per token."""
+    @cached_property
+    def decoder(self) -> Decoder:
+        return decoder_of(load_config(self.files))
+
+    @cached_property
+    def smoothed(self) -> Checkpoint:
         checkpoint = open_checkpoint(self.files)
-        if graph.engine == "deepsparse" and graph.precision != "fp32":
-            return SmoothedWeights(checkpoint, decoder, self.smoothing)
-        return Weights(checkpoint, decoder)
+        smoothing = measure_smoothing(self.files, checkpoint, self.text)
+        return smoothed_checkpoint(checkpoint, self.decoder, smoothing)
+
+    @contextmanager
+    def weights(self, graph: Graph) -> Iterator[Weights]:
+        """The weights as `graph` wants them: smoothed, and rounded on text or to nearest."""
+        checkpoint = self.smoothed if graph.token_scales else open_checkpoint(self.files)
+        if graph.grid is None or not graph.calibrated:
+            yield Weights(checkpoint, self.decoder)
+            return
+        with TemporaryDirectory(prefix="dlp-deploy-") as folder:
+            yield CalibratedWeights(
+                checkpoint, self.files, self.text, graph.grid, graph.token_scales, Path(folder)
+            )
 
 
 def export_graphs(
@@ -73,7 +93,7 @@ def _export_one(artifact: Path, source: Source, graph: Graph) -> Export:
     final = artifact / graph.folder
     if (final / RECORD).is_file():
         found = Export.model_validate_json((final / RECORD).read_text(encoding="utf-8"))
-        if found.precision == graph.precision:
+        if _is_export_of(found, graph):
             return found
     folder = partial_folder(final)
     shutil.rmtree(folder, ignore_errors=True)
@@ -88,15 +108,14 @@ def _export_one(artifact: Path, source: Source, graph: Graph) -> Export:
 
 
 def _write_and_verify(folder: Path, checkpoint: Path, source: Source, graph: Graph) -> Export:
-    config = load_config(source.files)
-    decoder = decoder_of(config)
-    weights = source.weights(graph, decoder)
-    with progress(f"Exporting {graph.label}", decoder.blocks) as advance:
+    config, decoder = load_config(source.files), source.decoder
+    with source.weights(graph) as weights, progress(f"Exporting {graph.label}", decoder.blocks) as advance:
         written = write_graph(folder, graph, weights, decoder, config, advance)
+        counted = count_zeros(written.model, weights, decoder)
     write_companions(folder, checkpoint, config, graph.engine)
     check_structure(written.model)
-    counted = count_zeros(written.model, weights, decoder)
     checks = _check_outputs(folder, written.model, source.reference, graph)
+    rounding, block_size = _quantization(graph)
     return Export(
         path=graph.folder,
         engine=graph.engine,
@@ -106,9 +125,22 @@ def _write_and_verify(folder: Path, checkpoint: Path, source: Source, graph: Gra
         rounded_to_zero=counted.rounded_to_zero,
         weight_bytes=written.weight_bytes,
         opset=written.opset,
+        rounding=rounding,
+        block_size=block_size,
         checks=checks,
         notes=written.notes,
     )
+
+
+def _quantization(graph: Graph) -> tuple[str | None, int | None]:
+    """What the manifest says of the rounding, and how many inputs share a scale."""
+    if graph.grid is None:
+        return None, None
+    return "gptq" if graph.calibrated else "nearest", graph.grid.block
+
+
+def _is_export_of(export: Export, graph: Graph) -> bool:
+    return (export.precision, export.rounding, export.block_size) == (graph.precision, *_quantization(graph))
 
 
 def _check_outputs(folder: Path, model: Path, reference: Reference, graph: Graph) -> tuple[OutputCheck, ...]:

@@ -11,65 +11,79 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class ChannelQuantized:
-    """`values` int8 [out, in] and `scale` float32 [out]: weight ~ values * scale[:, None]."""
+class Grid:
+    """Integers of `bits` bits, with one scale per output channel, or per `block` inputs of it."""
 
-    values: np.ndarray
-    scale: np.ndarray
+    bits: int
+    block: int | None = None
 
-    def dequantize(self) -> np.ndarray:
-        return self.values.astype(np.float32) * self.scale[:, None]
+    @property
+    def lowest(self) -> int:
+        """A scale per channel uses -127..127, as int8 kernels want it; one per block the whole range."""
+        return -(2 ** (self.bits - 1)) + (self.block is None)
 
-
-def quantize_per_channel(weight: np.ndarray, bits: int = 8) -> ChannelQuantized:
-    """Round float32 [out, in] to the nearest of 2^bits - 1 levels, one scale per output channel.
-
-    The scale is max|w| / (2^(bits-1) - 1); a channel of zeros has scale 1. The values lie in an
-    int8 container whatever `bits` is.
-    """
-    top = 2 ** (bits - 1) - 1
-    peak = np.abs(weight).max(axis=1)
-    scale = np.where(peak > 0, peak / top, 1.0).astype(np.float32)
-    values = np.rint(weight / scale[:, None])
-    return ChannelQuantized(np.clip(values, -top, top).astype(np.int8), scale)
+    @property
+    def highest(self) -> int:
+        return 2 ** (self.bits - 1) - 1
 
 
 @dataclass(frozen=True)
-class BlockQuantized:
-    """Weights as MatMulNBits stores them.
+class Quantized:
+    """`levels` int8 [out, in] on `grid`, and `scale` float32 [out, groups]; the value is their product."""
 
-    `packed` uint8 [out, in / block, block * bits / 8] holds value + 2^(bits-1), low nibble first;
-    `scale` float32 [out, in / block]. The in dimension is padded with zeros to a whole block.
-    """
-
-    packed: np.ndarray
+    levels: np.ndarray
     scale: np.ndarray
-    bits: int
-    block: int
+    grid: Grid
+
+    def dequantize(self) -> np.ndarray:
+        """The float32 [out, in] matrix that this stands for."""
+        return self.levels.astype(np.float32) * scale_of_columns(self.scale, self.grid, self.levels.shape[1])
 
 
-def quantize_per_block(weight: np.ndarray, bits: int, block: int) -> BlockQuantized:
-    """Round float32 [out, in] to `bits` (4 or 8) with one scale per `block` inputs of a channel.
+def quantize(weight: np.ndarray, grid: Grid) -> Quantized:
+    """Round float32 [out, in] to the nearest level of `grid`."""
+    scale = grid_scale(weight, grid)
+    levels = np.rint(weight / scale_of_columns(scale, grid, weight.shape[1]))
+    return Quantized(np.clip(levels, grid.lowest, grid.highest).astype(np.int8), scale, grid)
 
-    The scale is signed, as in GGML's Q4_0: the entry largest in magnitude maps to -2^(bits-1), which
-    uses the whole range of the two's complement grid while zero stays exactly zero.
+
+def grid_scale(weight: np.ndarray, grid: Grid) -> np.ndarray:
+    """Float32 [out, groups]; the step of `grid` that holds every weight of a group, 1 where all are zero.
+
+    A scale per channel is max|w| / highest. One per block is signed, as in GGML's Q4_0: the entry that
+    is largest in magnitude maps to the lowest level, which uses the whole range of the grid.
     """
-    out, inputs = weight.shape
-    padded = np.pad(weight, ((0, 0), (0, -inputs % block))).reshape(out, -1, block)
-    half = 2 ** (bits - 1)
-    peak = np.take_along_axis(padded, np.abs(padded).argmax(axis=2)[..., None], axis=2)
-    scale = np.where(peak != 0, -peak / half, 1.0).astype(np.float32)
-    levels = np.clip(np.rint(padded / scale), -half, half - 1).astype(np.int16) + half
-    levels = levels.astype(np.uint8)
-    packed = levels if bits == 8 else levels[..., 0::2] | (levels[..., 1::2] << 4)
-    return BlockQuantized(np.ascontiguousarray(packed), scale[..., 0], bits, block)
+    if grid.block is None:
+        peak = np.abs(weight).max(axis=1, keepdims=True)
+        return np.where(peak > 0, peak / grid.highest, 1.0).astype(np.float32)
+    blocks = _in_blocks(weight, grid.block)
+    peak = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=2)[..., None], axis=2)[..., 0]
+    return np.where(peak != 0, peak / grid.lowest, 1.0).astype(np.float32)
 
 
-def dequantize_per_block(quantized: BlockQuantized, inputs: int) -> np.ndarray:
-    """The float32 [out, inputs] matrix that `quantized` stands for."""
-    half = 2 ** (quantized.bits - 1)
-    packed = quantized.packed
-    if quantized.bits == 4:
-        packed = np.stack((packed & 15, packed >> 4), axis=-1).reshape(*packed.shape[:2], -1)
-    values = packed.astype(np.float32) - half
-    return (values * quantized.scale[..., None]).reshape(packed.shape[0], -1)[:, :inputs]
+def scale_of_columns(scale: np.ndarray, grid: Grid, columns: int) -> np.ndarray:
+    """The scale of each weight, [out, columns], or [out, 1] where a channel has only one."""
+    return scale if grid.block is None else scale.repeat(grid.block, axis=1)[:, :columns]
+
+
+def pack_blocks(quantized: Quantized) -> np.ndarray:
+    """Levels as MatMulNBits stores them: uint8 [out, in / block, block * bits / 8].
+
+    They hold level + 2^(bits-1), low nibble first; the in dimension is padded with zeros to a block.
+    """
+    grid = quantized.grid
+    assert grid.block is not None
+    levels = (_in_blocks(quantized.levels.astype(np.int16), grid.block) - grid.lowest).astype(np.uint8)
+    return np.ascontiguousarray(levels if grid.bits == 8 else levels[..., 0::2] | (levels[..., 1::2] << 4))
+
+
+def unpack_blocks(packed: np.ndarray, grid: Grid, columns: int) -> np.ndarray:
+    """Levels int8 [out, columns] from what `pack_blocks` returned."""
+    if grid.bits == 4:
+        packed = np.stack((packed & 15, packed >> 4), axis=-1)
+    return (packed.reshape(len(packed), -1)[:, :columns].astype(np.int16) + grid.lowest).astype(np.int8)
+
+
+def _in_blocks(matrix: np.ndarray, block: int) -> np.ndarray:
+    out, columns = matrix.shape
+    return np.pad(matrix, ((0, 0), (0, -columns % block))).reshape(out, -1, block)

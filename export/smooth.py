@@ -8,9 +8,9 @@ Zeros stay zeros.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -18,72 +18,73 @@ import numpy as np
 import torch
 
 from ..blocks import Block, BlockModel
-from ..calibration import calibration_windows
-from ..checkpoint import Checkpoint, open_checkpoint
+from ..checkpoint import Checkpoint, StoredTensor
 from ..families import Decoder
 from ..hidden import HiddenStates
-from ..models import ModelFiles, load_tokenizer
+from ..models import ModelFiles
 from ..progress import progress
 from .decoder import Weights
 
-WINDOWS = 8
-TOKENS_PER_WINDOW = 512
 # The share of an outlier that moves into the weights; the paper's value for most models.
 MIGRATION = 0.5
 
 
 @dataclass(frozen=True)
 class Smoothing:
-    """Float32 factors by tensor name: `columns` [in] multiply a weight's inputs, `rows` [out] divide a
-    layer's outputs (weight and bias), `norms` [hidden] divide a norm's weight."""
+    """Float32 factors by module: `columns` [in] multiply the inputs that a linear layer's weight expects,
+    `rows` [out] divide what a linear layer puts out, `norms` [hidden] what a norm puts out."""
 
-    columns: dict[str, np.ndarray]
-    rows: dict[str, np.ndarray]
-    norms: dict[str, np.ndarray]
-
-
-class SmoothedWeights(Weights):
-    """The weights of an equivalent model whose activations have smaller outliers."""
-
-    def __init__(self, checkpoint: Checkpoint, decoder: Decoder, smoothing: Smoothing) -> None:
-        super().__init__(checkpoint, decoder)
-        self._smoothing = smoothing
-
-    def norm(self, norm: str) -> np.ndarray:
-        weight, divisor = super().norm(norm), self._smoothing.norms.get(norm)
-        return weight if divisor is None else weight / divisor
-
-    def norm_bias(self, norm: str) -> np.ndarray | None:
-        bias, divisor = super().norm_bias(norm), self._smoothing.norms.get(norm)
-        return bias if bias is None or divisor is None else bias / divisor
-
-    def linear(self, layer: str) -> np.ndarray:
-        weight = super().linear(layer)
-        if layer in self._smoothing.columns:
-            weight = weight * self._smoothing.columns[layer]
-        if layer in self._smoothing.rows:
-            weight = weight / self._smoothing.rows[layer][:, None]
-        return weight
-
-    def bias(self, layer: str) -> np.ndarray | None:
-        bias, divisor = super().bias(layer), self._smoothing.rows.get(layer)
-        return bias if bias is None or divisor is None else bias / divisor
+    columns: dict[str, np.ndarray] = field(default_factory=dict)
+    rows: dict[str, np.ndarray] = field(default_factory=dict)
+    norms: dict[str, np.ndarray] = field(default_factory=dict)
 
 
-def measure_smoothing(files: ModelFiles) -> Smoothing:
-    """Factors for a checkpoint, from a pass over 8 windows of the built-in calibration text."""
-    checkpoint = open_checkpoint(files)
+def smoothed_checkpoint(checkpoint: Checkpoint, decoder: Decoder, smoothing: Smoothing) -> Checkpoint:
+    """An equivalent model, in float32, whose activations have smaller outliers.
+
+    Its head is a tensor of its own, even where the embedding of the model serves as head.
+    """
+    tensors = {name: checkpoint.stored(name) for name in checkpoint.names()}
+    head = f"{decoder.family.head}.weight"
+    tensors.setdefault(head, tensors[f"{decoder.family.embedding}.weight"])
+    return Checkpoint(
+        {name: _smoothed(name, stored, decoder, smoothing) for name, stored in tensors.items()},
+        checkpoint.location,
+    )
+
+
+def _smoothed(name: str, stored: StoredTensor, decoder: Decoder, smoothing: Smoothing) -> StoredTensor:
+    module, _, part = name.rpartition(".")
+    columns, rows, norm = (kind.get(module) for kind in (smoothing.columns, smoothing.rows, smoothing.norms))
+    if columns is None and rows is None and norm is None:
+        return stored
+    # What the model adds to a norm's weight must be smoothed with it.
+    offset = decoder.family.norm_offset if norm is not None and part == "weight" else 0.0
+    divisor = norm if rows is None else rows
+
+    def read() -> torch.Tensor:
+        tensor = stored.read().to(torch.float32)
+        if columns is not None and part == "weight":
+            tensor = tensor * torch.from_numpy(columns)
+        if divisor is not None:
+            by_row = torch.from_numpy(divisor).reshape(-1, *(1,) * (tensor.ndim - 1))
+            tensor = (tensor + offset) / by_row - offset
+        return tensor
+
+    return replace(stored, dtype=torch.float32, read=read)
+
+
+def measure_smoothing(files: ModelFiles, checkpoint: Checkpoint, ids: torch.Tensor) -> Smoothing:
+    """Factors for a checkpoint, from a pass over `ids`, int64 [windows, length]."""
     model = BlockModel(files, checkpoint)
     decoder = model.decoder
-    length = min(TOKENS_PER_WINDOW, decoder.max_positions)
-    ids = calibration_windows("builtin", load_tokenizer(files), WINDOWS, length, 0).ids
-    smoothing = Smoothing({}, {}, {})
+    smoothing = Smoothing()
     with TemporaryDirectory(prefix="dlp-deploy-") as folder, progress("Smoothing", decoder.blocks) as advance:
         hidden = HiddenStates(Path(folder) / "hidden", (*ids.shape, decoder.hidden))
         for windows, states in model.embed(ids):
             hidden.write(windows, states)
         for index in range(decoder.blocks):
-            block = model.block(index, model.read_block(index), length)
+            block = model.block(index, model.read_block(index), ids.shape[1])
             with _input_peaks(block) as peaks:
                 for windows in hidden.batches():
                     hidden.write(windows, block.run(hidden.read(windows).to(model.device)))
@@ -134,35 +135,36 @@ def _add_block(
     smoothing: Smoothing, decoder: Decoder, index: int, peaks: Mapping[str, np.ndarray], block: Block
 ) -> None:
     family, prefix = decoder.family, decoder.family.block(index)
-    *readers, output = family.attention
-    *risers, down = family.mlp
 
-    def weight_peak(*layers: str) -> np.ndarray:
+    def weight_peak(layers: Sequence[str]) -> np.ndarray:
         return np.max(
             [block.linears[layer].weight.abs().amax(0).numpy(force=True) for layer in layers], axis=0
         )
 
+    def ease(
+        readers: Sequence[str], shared: Callable[[np.ndarray], np.ndarray] = lambda peak: peak
+    ) -> np.ndarray:
+        """Factors for the input that `readers` share, and the columns of their weights."""
+        factors = smoothing_factors(shared(peaks[readers[0]]), shared(weight_peak(readers)))
+        smoothing.columns.update({f"{prefix}.{layer}": factors for layer in readers})
+        return factors
+
     def by_value_channel(peak: np.ndarray) -> np.ndarray:
-        """The largest over the query heads that read one value head, [kv_heads * head_dim]."""
-        return peak.reshape(decoder.kv_heads, decoder.group, decoder.head_dim).max(1).reshape(-1)
+        """The largest over the query heads that read one value head, for each of these heads."""
+        heads = peak.reshape(decoder.kv_heads, decoder.group, decoder.head_dim)
+        return np.broadcast_to(heads.max(1, keepdims=True), heads.shape).reshape(-1)
 
-    def last_rows(layer: str, divisor: np.ndarray) -> np.ndarray:
-        """Value and up are the last rows of a layer that others are fused into."""
-        return np.pad(divisor, (block.linears[layer].out_features - len(divisor), 0), constant_values=1.0)
+    def divide_last_rows(layer: str, factors: np.ndarray) -> None:
+        """The layer that a product's second factor comes from may be the last part of a fused one."""
+        rows = np.ones(block.linears[layer].out_features, np.float32)
+        rows[-len(factors) :] = factors
+        smoothing.rows[f"{prefix}.{layer}"] = rows
 
-    attention = smoothing_factors(peaks[readers[0]], weight_peak(*readers))
-    mlp = smoothing_factors(peaks[risers[0]], weight_peak(*risers))
-    product = smoothing_factors(peaks[down], weight_peak(down))
-    if not decoder.mlp_is_linear_in_up:
-        product = np.ones_like(product)
-    mixed = smoothing_factors(by_value_channel(peaks[output]), by_value_channel(weight_peak(output)))
-    heads = mixed.reshape(decoder.kv_heads, 1, decoder.head_dim).repeat(decoder.group, 1).reshape(-1)
-    factors = dict.fromkeys(readers, attention) | dict.fromkeys(risers, mlp) | {down: product, output: heads}
-    smoothing.columns.update({f"{prefix}.{layer}": factor for layer, factor in factors.items()})
-    value, up = readers[-1], risers[-1]
-    smoothing.rows.update(
-        {f"{prefix}.{value}": last_rows(value, mixed), f"{prefix}.{up}": last_rows(up, product)}
-    )
-    smoothing.norms.update(
-        {f"{prefix}.{family.attention_norm}": attention, f"{prefix}.{family.mlp_norm}": mlp}
-    )
+    *attention, output = family.attention
+    *mlp, down = family.mlp
+    smoothing.norms[f"{prefix}.{family.attention_norm}"] = ease(attention)
+    smoothing.norms[f"{prefix}.{family.mlp_norm}"] = ease(mlp)
+    mixed = ease([output], by_value_channel).reshape(decoder.kv_heads, decoder.group, decoder.head_dim)
+    divide_last_rows(attention[-1], mixed[:, 0].reshape(-1))
+    if decoder.mlp_is_linear_in_up:
+        divide_last_rows(mlp[-1], ease([down]))

@@ -14,9 +14,6 @@ from .graph import GraphWriter
 from .plan import Graph
 from .rotary import tables_by_block
 
-# Inputs that share a scale in MatMulNBits. 32 is its finest and most accurate block.
-BLOCK_SIZE = 32
-
 
 @dataclass(frozen=True)
 class Written:
@@ -52,17 +49,16 @@ def write_graph(
 
 
 def _linears(graph: Graph) -> tuple[Linears, tuple[str, ...]]:
-    if graph.precision == "fp32":
+    grid = graph.grid
+    if grid is None:
         return deepsparse.fp32_linears, ()
-    bits = 8 if graph.precision == "int8" else 4
+    rounded = "rounded by GPTQ" if graph.calibrated else "rounded to nearest"
     if graph.engine == "onnxruntime":
-        return onnxruntime.BlockLinears(bits, BLOCK_SIZE), (
-            f"weights: {bits} bit, one scale per {BLOCK_SIZE} inputs",
-        )
-    scheme = f"smoothed; weights: {bits} bit, one scale per channel; activations: int8, one scale per token"
-    if bits == 4:
-        return deepsparse.Int8Linears(bits=4), (
-            scheme,
-            "DeepSparse has no 4-bit kernel: this runs at int8 speed",
-        )
-    return deepsparse.Int8Linears(), (scheme,)
+        scheme = f"weights: {grid.bits} bit, one scale per {grid.block} inputs, {rounded}"
+        return onnxruntime.BlockLinears(grid), (scheme,)
+    scheme = (
+        f"smoothed; weights: {grid.bits} bit, one scale per channel, {rounded}; "
+        "activations: int8, one scale per token"
+    )
+    slow = ("DeepSparse has no 4-bit kernel: this runs at int8 speed",) if grid.bits == 4 else ()
+    return deepsparse.Int8Linears(grid), (scheme, *slow)

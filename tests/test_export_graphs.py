@@ -17,7 +17,7 @@ from dlp_deploy.checkpoint import open_checkpoint
 from dlp_deploy.errors import UserError
 from dlp_deploy.export.decoder import Weights
 from dlp_deploy.export.plan import Graph, plan_graphs
-from dlp_deploy.export.quantize import quantize_per_channel
+from dlp_deploy.export.quantize import Grid, quantize
 from dlp_deploy.export.rotary import rotary_tables
 from dlp_deploy.export.verify import VerificationError, check_structure, count_zeros, graph_logits
 from dlp_deploy.export.write import write_graph
@@ -69,7 +69,7 @@ def fake_quantized(checkpoint: Path) -> torch.nn.Module:
 
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
-            restored = quantize_per_channel(module.weight.detach().numpy()).dequantize()
+            restored = quantize(module.weight.detach().numpy(), Grid(8)).dequantize()
             module.weight = torch.nn.Parameter(torch.from_numpy(restored))
             module.register_forward_pre_hook(quantize_input)
     return model

@@ -11,11 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dlp_deploy.checkpoint import open_checkpoint
+from dlp_deploy.export.calibrated import quantization_text
 from dlp_deploy.export.decoder import Weights
-from dlp_deploy.export.quantize import quantize_per_channel
-from dlp_deploy.export.smooth import SmoothedWeights, measure_smoothing
+from dlp_deploy.export.quantize import Grid, quantize
+from dlp_deploy.export.smooth import measure_smoothing, smoothed_checkpoint
 from dlp_deploy.families import decoder_of
-from dlp_deploy.models import load_config, resolve_model
+from dlp_deploy.models import ModelFiles, load_config, resolve_model
 
 from .tiny_models import TINY_CONFIGS, torch_model
 
@@ -41,6 +42,13 @@ def with_weights(folder: Path, weights: Weights) -> torch.nn.Module:
     return model
 
 
+def smoothed_weights(files: ModelFiles) -> Weights:
+    checkpoint, decoder = open_checkpoint(files), decoder_of(load_config(files))
+    text = quantization_text(files, decoder.max_positions)
+    smoothing = measure_smoothing(files, checkpoint, text)
+    return Weights(smoothed_checkpoint(checkpoint, decoder, smoothing), decoder)
+
+
 @torch.no_grad()
 def logits(model: torch.nn.Module) -> np.ndarray:
     return model(IDS).logits[0].numpy()
@@ -50,7 +58,7 @@ def logits(model: torch.nn.Module) -> np.ndarray:
 def test_the_smoothed_model_is_the_same_function(kind: str, tiny_checkpoint: Callable[[str], Path]) -> None:
     files = resolve_model(str(tiny_checkpoint(kind)))
     checkpoint, decoder = open_checkpoint(files), decoder_of(load_config(files))
-    smoothed = SmoothedWeights(checkpoint, decoder, measure_smoothing(files))
+    smoothed = smoothed_weights(files)
     last = f"{decoder.family.block(1)}.{decoder.family.linears[-1]}"
     assert not np.allclose(smoothed.linear(last), Weights(checkpoint, decoder).linear(last), rtol=0.01)
     expected = logits(torch_model(files.folder))
@@ -67,7 +75,7 @@ def int8_error(folder: Path, weights: Weights, expected: np.ndarray) -> float:
 
     for name, module in model.model.named_modules(prefix="model"):
         if isinstance(module, torch.nn.Linear):
-            restored = quantize_per_channel(weights.linear(name)).dequantize()
+            restored = quantize(weights.linear(name), Grid(8)).dequantize()
             module.weight = torch.nn.Parameter(torch.from_numpy(restored))
             module.register_forward_pre_hook(quantize_input)
     return float(np.abs(logits(model) - expected).mean())
@@ -84,5 +92,5 @@ def test_outlier_channels_cost_less_when_smoothed(llama_folder: Path) -> None:
     checkpoint, decoder = open_checkpoint(files), decoder_of(load_config(files))
     expected = logits(AutoModelForCausalLM.from_pretrained(llama_folder))
     plain = int8_error(llama_folder, Weights(checkpoint, decoder), expected)
-    eased = int8_error(llama_folder, SmoothedWeights(checkpoint, decoder, measure_smoothing(files)), expected)
+    eased = int8_error(llama_folder, smoothed_weights(files), expected)
     assert eased < 0.8 * plain

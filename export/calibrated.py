@@ -1,0 +1,126 @@
+"""Weights whose rounding is chosen on text: GPTQ, block after block, as the graph is written.
+
+Each block is fed what the quantized blocks before it make of the text, so it makes up for their errors
+too. Only one block is in memory at a time, and nothing is stored but hidden states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from ..activations import measure_inputs
+from ..blocks import BlockModel
+from ..calibration import calibration_windows
+from ..checkpoint import Checkpoint
+from ..hidden import HiddenStates
+from ..models import ModelFiles, load_tokenizer
+from .decoder import Weights
+from .gptq import rounded_levels
+from .quantize import Grid, Quantized, grid_scale, scale_of_columns
+
+WINDOWS = 16
+TOKENS_PER_WINDOW = 512
+
+
+def quantization_text(files: ModelFiles, longest: int) -> torch.Tensor:
+    """The text that smoothing and rounding are measured on, int64 [windows, length]: the built-in one."""
+    length = min(TOKENS_PER_WINDOW, longest)
+    return calibration_windows("builtin", load_tokenizer(files), WINDOWS, length, 0).ids
+
+
+class CalibratedWeights(Weights):
+    """The weights of `checkpoint`, rounded to `grid` by GPTQ. Layers are asked for in the model's order.
+
+    `token_scales` says that the engine rounds activations to int8 per token: then the text is run like
+    that. The hidden states lie in `folder`.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        files: ModelFiles,
+        ids: torch.Tensor,
+        grid: Grid,
+        token_scales: bool,
+        folder: Path,
+    ) -> None:
+        self._model = BlockModel(files, checkpoint)
+        super().__init__(checkpoint, self._model.decoder)
+        self._ids, self._grid, self._token_scales = ids, grid, token_scales
+        self._hidden = HiddenStates(folder / "hidden", (*ids.shape, self._model.decoder.hidden))
+        for windows, states in self._model.embed(ids):
+            self._hidden.write(windows, states)
+        self._next = 0
+        self._rounded: dict[str, Quantized] = {}
+
+    def quantized(self, layer: str, grid: Grid) -> Quantized:
+        assert grid == self._grid
+        while layer not in self._rounded:
+            self._rounded = self._round_next()
+        return self._rounded[layer]
+
+    def _round_next(self) -> dict[str, Quantized]:
+        """Round the linear layers of the next block or, behind the last one, the head."""
+        index, self._next = self._next, self._next + 1
+        if index > self._model.decoder.blocks:
+            raise KeyError("layers were not asked for in the model's order")
+        return self._round_head() if index == self._model.decoder.blocks else self._round_block(index)
+
+    @torch.no_grad()
+    def _round_block(self, index: int) -> dict[str, Quantized]:
+        model, prefix = self._model, self._model.decoder.family.block(index)
+        block = model.block(index, model.read_block(index), self._ids.shape[1])
+        rounded: dict[str, Quantized] = {}
+        with _rounded_inputs(block.linears if self._token_scales else {}):
+            inputs = measure_inputs(block, self._hidden, "gram", model.device)
+            for name, linear in block.linears.items():
+                quantized = self._round(linear.weight, inputs.of(name))
+                linear.weight.copy_(torch.from_numpy(quantized.dequantize()))
+                rounded[f"{prefix}.{name}"] = quantized
+            for windows in self._hidden.batches():
+                self._hidden.write(windows, block.run(self._hidden.read(windows).to(model.device)))
+        return rounded
+
+    @torch.no_grad()
+    def _round_head(self) -> dict[str, Quantized]:
+        head = self._model.decoder.family.head
+        states = self._model.final_states(self._hidden)
+        rows = (rounded_per_token(state) if self._token_scales else state for state in states)
+        gram = sum(row.T @ row for row in rows)
+        assert isinstance(gram, torch.Tensor)
+        return {head: self._round(torch.from_numpy(self.linear(head)), gram)}
+
+    def _round(self, weight: torch.Tensor, gram: torch.Tensor) -> Quantized:
+        grid = self._grid
+        scale = grid_scale(weight.numpy(force=True), grid)
+        of_columns = torch.from_numpy(scale_of_columns(scale, grid, weight.shape[1])).to(weight.device)
+        levels = rounded_levels(weight, gram, of_columns, grid.lowest, grid.highest)
+        return Quantized(levels.numpy(force=True), scale, grid)
+
+
+def rounded_per_token(x: torch.Tensor) -> torch.Tensor:
+    """x [..., channels] on the int8 grid of each token, with the scale max|x| / 127."""
+    scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-9) / 127
+    return torch.round(x / scale) * scale
+
+
+@contextmanager
+def _rounded_inputs(linears: Mapping[str, torch.nn.Linear]) -> Iterator[None]:
+    """Let each of the layers see its input as the engine rounds it; layers that share one still do."""
+    seen: list[torch.Tensor] = []
+
+    def round_input(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+        if not seen or seen[0] is not inputs[0]:
+            seen[:] = inputs[0], rounded_per_token(inputs[0])
+        return (seen[1],)
+
+    handles = [linear.register_forward_pre_hook(round_input) for linear in linears.values()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
