@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from .errors import UserError, first_line
-from .families import decoder_of
+from .families import Family, decoder_of
 from .gguf_model import gguf_tensors
 from .models import INDEX_FILES, WEIGHT_FILES, ModelFiles, load_config
 from .recipes.masks import weights_sha256
@@ -125,9 +125,19 @@ def open_checkpoint(files: ModelFiles) -> Checkpoint:
     config = load_config(files)
     decoder = decoder_of(config)
     tensors = dict(_gguf(files.gguf, decoder) if files.gguf is not None else _folder(files.folder))
+    tensors = _by_full_names(tensors, decoder.family)
     if decoder.tied_embeddings:
         tensors.pop(f"{decoder.family.head}.weight", None)
     return Checkpoint(tensors, files.location)
+
+
+def _by_full_names(tensors: dict[str, StoredTensor], family: Family) -> dict[str, StoredTensor]:
+    """Names as in the causal language model, also where its base model was saved, as in OPT's own files."""
+    base, _, embedding = f"{family.embedding}.weight".partition(".")
+    if embedding not in tensors:
+        return tensors
+    full = (f"{base}.", f"{family.head}.")
+    return {name if name.startswith(full) else f"{base}.{name}": tensor for name, tensor in tensors.items()}
 
 
 def _gguf(path: Path, decoder: Any) -> Iterator[tuple[str, StoredTensor]]:

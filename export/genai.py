@@ -1,6 +1,6 @@
 """genai_config.json: what onnxruntime-genai wants to know of a graph that it runs.
 
-Its model type is the name of the family; names of inputs and outputs are those that
+Its model type is the name of the family, or the one it has there; names of inputs and outputs are those that
 dlp_deploy.export.onnxruntime gives them.
 """
 
@@ -27,7 +27,7 @@ def genai_config(config: Any, generation: Mapping[str, Any]) -> dict[str, Any]:
     beginning = config.bos_token_id
     return {
         "model": {
-            "type": decoder.family.name,
+            "type": decoder.family.genai_type or decoder.family.name,
             "vocab_size": decoder.vocabulary,
             "context_length": decoder.max_positions,
             "bos_token_id": _first(ends) if beginning is None else beginning,

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,6 +47,15 @@ def test_reads_what_transformers_saved(kind: str, tiny_checkpoint: Callable[[str
 
 def test_tied_head_is_not_among_the_names(tiny_checkpoint: Callable[[str], Path]) -> None:
     assert "lm_head.weight" not in opened(tiny_checkpoint("llama-tied")).names()
+
+
+def test_names_of_a_base_model_are_completed(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    """OPT's own files call model.decoder.layers decoder.layers."""
+    folder = shutil.copytree(tiny_checkpoint("opt"), tmp_path / "opt")
+    state = load_file(folder / "model.safetensors")
+    short = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+    save_file(short, folder / "model.safetensors", metadata={"format": "pt"})
+    assert_reads_as(opened(folder), state)
 
 
 def test_sharding_and_format_do_not_change_tensors_or_digest(

@@ -17,7 +17,7 @@ import torch
 import yaml
 from openai import OpenAI
 from optimum.onnxruntime import ORTModelForCausalLM
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoTokenizer, LlamaConfig
 
 from dlp_deploy.artifact import CHECKPOINT, check_files, read_manifest
 from dlp_deploy.bench.engines import engine_named
@@ -30,7 +30,7 @@ from dlp_deploy.export.reshaped import restore_graph
 
 from .artifacts import pruned, with_graphs
 from .servers import started
-from .tiny_models import SIZES, TINY_CONFIGS, save_tiny_model
+from .tiny_models import SIZES, TINY_CONFIGS, save_tiny_model, torch_model
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
@@ -64,7 +64,7 @@ class Torch:
     def __init__(self, artifact: Path) -> None:
         folder = artifact / CHECKPOINT
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.model = torch_model(folder)
 
     def ids(self, prompt: str) -> list[int]:
         return self.tokenizer(prompt)["input_ids"]
@@ -101,7 +101,9 @@ def artifact(
 
 
 # optimum-onnx 0.1 takes the size of a head for hidden size / heads, which qwen3 and some mistrals break.
-@pytest.mark.parametrize("artifact", ["llama", "llama-tied", "llama-bias", "qwen2"], indirect=True)
+@pytest.mark.parametrize(
+    "artifact", ["llama", "llama-tied", "llama-bias", "qwen2", "phi3", "opt"], indirect=True
+)
 def test_optimum_generates_what_torch_does(artifact: Path) -> None:
     reference = Torch(artifact)
     model = ORTModelForCausalLM.from_pretrained(artifact / "onnxruntime")

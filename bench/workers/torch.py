@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 PROMPT_STEP = 512
 
@@ -19,8 +19,15 @@ class Session:
 
     def load(self, model: str, context: int, prompt: int) -> None:
         self._context = context
+        config = AutoConfig.from_pretrained(model, local_files_only=True)
+        # The faster attention leaves out a cap of its scores without a word.
+        capped = getattr(config, "attn_logit_softcapping", None) is not None
         self._model = AutoModelForCausalLM.from_pretrained(
-            model, dtype=torch.float32, local_files_only=True
+            model,
+            config=config,
+            attn_implementation="eager" if capped else "sdpa",
+            dtype=torch.float32,
+            local_files_only=True,
         ).eval()
         self.restart()
 
