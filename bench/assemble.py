@@ -27,7 +27,7 @@ from .report import (
     Run,
 )
 from .roofline import roofline, traffic_of
-from .statistics import DRIFT_LIMIT, drift, latency, speedup
+from .statistics import DRIFT_LIMIT, alike, drift, latency, speedup
 
 STOLEN_LIMIT = 0.01
 OTHERS_LIMIT = 0.05
@@ -140,26 +140,18 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def compare_runs(outcomes: Sequence[Outcome]) -> tuple[Comparison, ...]:
-    """Every timed sparse run against every timed dense one."""
-    timed = [outcome for outcome in outcomes if outcome.status == "ok"]
-    return tuple(
-        _comparison(run, baseline)
-        for run in timed
-        for baseline in timed
-        if baseline.candidate.dense and run is not baseline
-    )
+def compare_runs(runs: Sequence[Run]) -> tuple[Comparison, ...]:
+    """Every timed run against every timed dense one."""
+    timed = [run for run in runs if run.tpot_ms]
+    return tuple(_comparison(run, base) for run in timed for base in timed if base.dense and run is not base)
 
 
-def _comparison(run: Outcome, baseline: Outcome) -> Comparison:
-    ratio = speedup(baseline.samples_ms, run.samples_ms)
-    first, base_first = (
-        float(np.median([generation.ttft_ms for generation in outcome.generations]))
-        for outcome in (run, baseline)
-    )
+def _comparison(run: Run, baseline: Run) -> Comparison:
+    ratio = speedup(*alike(baseline.samples, run.samples))
+    first, base_first = (float(np.median(each.ttft_samples_ms)) for each in (run, baseline))
     return Comparison(
-        run=run.candidate.name,
-        baseline=baseline.candidate.name,
+        run=run.name,
+        baseline=baseline.name,
         speedup=ratio.median,
         ci95=(ratio.low, ratio.high),
         ttft_speedup=base_first / first,

@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 
 from ..artifact import OutputCheck
+from ..errors import UserError
 from ..export.reference import Reference, read_reference
 from ..export.verify import compare_logits
 from ..perplexity import Perplexity, perplexity_of
@@ -53,6 +54,21 @@ class Workload:
     def cached_tokens(self) -> int:
         """Tokens that the KV cache holds in the end: the last token generated is never fed."""
         return self.context - 1
+
+
+def check_lengths(prompt_tokens: int, new_tokens: int, repeats: int, context: int, positions: int) -> None:
+    """Raise UserError for lengths that cannot be timed, or that a model of `positions` does not hold."""
+    if prompt_tokens < 1:
+        raise UserError(f"--prompt-tokens {prompt_tokens}: at least 1 is needed")
+    if new_tokens < 2:
+        raise UserError(f"--new-tokens {new_tokens}: at least 2 are needed to time one after the first")
+    if repeats < 1:
+        raise UserError(f"--repeats {repeats}: at least 1 is needed")
+    if context < prompt_tokens + new_tokens:
+        needed = prompt_tokens + new_tokens
+        raise UserError(f"--context {context} is too short for prompt and new tokens; use {needed} or more")
+    if context > positions:
+        raise UserError(f"a context of {context} is longer than the {positions} positions of the model")
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ def to_markdown(report: Report) -> str:
         f"# Bench of {report.artifact}",
         f"{_title(report)}. {report.created}, dlp-deploy {report.dlp_deploy}.",
         headline(report),
-        _markdown_table(HEADINGS, _rows(report)),
+        markdown_table(HEADINGS, _rows(report)),
         _explanation(report),
         *_section("Warnings", [f"- {warning}" for warning in report.warnings]),
         *_section("Speed-ups", [_comparisons_table(report)] if report.comparisons else []),
@@ -73,7 +73,7 @@ def to_markdown(report: Report) -> str:
         *_section("What limits it", _roofline_lines(report)),
         *_section("Outputs", [_checks_table(report)]),
         *_section("Notes", [f"- {run.name}: {'; '.join(run.notes)}" for run in report.runs if run.notes]),
-        *_section("Machine", _environment_lines(report.environment)),
+        *_section("Machine", environment_lines(report.environment)),
     ]
     return "\n\n".join(block for block in blocks if block) + "\n"
 
@@ -160,7 +160,7 @@ def _section(title: str, lines: Sequence[str]) -> list[str]:
     return [f"## {title}", "\n".join(lines)] if lines else []
 
 
-def _markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     headings = [heading.replace("\n", " ") for heading in headings]
     marks = ["---", *["---:"] * (len(headings) - 1)]
     return "\n".join(f"| {' | '.join(row)} |" for row in (headings, marks, *rows))
@@ -171,7 +171,7 @@ def _comparisons_table(report: Report) -> str:
         [c.run, c.baseline, f"{c.speedup:.2f}x", _interval(c), f"{c.ttft_speedup:.2f}x"]
         for c in report.comparisons
     ]
-    return _markdown_table(("run", "baseline", "speed-up", "95% interval", "first token"), rows)
+    return markdown_table(("run", "baseline", "speed-up", "95% interval", "first token"), rows)
 
 
 def _latency_table(report: Report) -> str:
@@ -189,7 +189,7 @@ def _latency_table(report: Report) -> str:
         if run.tpot_ms and run.ttft_ms
     ]
     headings = ("run", "mean", "p50", "p90", "p99", "first token p50", "first token p90", "load (s)")
-    return _markdown_table(headings, rows)
+    return markdown_table(headings, rows)
 
 
 def _roofline_lines(report: Report) -> list[str]:
@@ -239,7 +239,7 @@ def _roofline_table(report: Report) -> str:
         "of the peak rate",
         "nearer roof",
     )
-    return _markdown_table(headings, rows)
+    return markdown_table(headings, rows)
 
 
 def _checks_table(report: Report) -> str:
@@ -263,14 +263,14 @@ def _checks_table(report: Report) -> str:
         "same arg max",
         "mean error against ONNX Runtime on the same graph",
     )
-    return _markdown_table(headings, rows)
+    return markdown_table(headings, rows)
 
 
 def _error(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.1e}"
 
 
-def _environment_lines(environment: Environment) -> list[str]:
+def environment_lines(environment: Environment) -> list[str]:
     caches = ", ".join(f"{name} {size >> 10} KiB" for name, size in environment.caches.items())
     lines = {
         "processor": f"{environment.cpu} ({', '.join(environment.isa) or 'no vector extensions'})",

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import UserError
@@ -72,7 +73,9 @@ class Run(_Stored):
     """One model in one engine. A run that is not "ok" has a reason, and no latencies.
 
     `samples_ms` are the times of all tokens after the first, round after round, `samples_per_round` of
-    them each; `ttft_samples_ms` holds one time a round.
+    them each; `ttft_samples_ms` holds one time a round. `blocks` is how many decoder blocks the model had,
+    where it had not all of them. A run with `extrapolated_from` was not made: its samples are the medians of
+    the rounds of those two runs, carried on to all blocks.
     """
 
     name: str
@@ -99,9 +102,16 @@ class Run(_Stored):
     samples_per_round: int = 0
     samples_ms: tuple[float, ...] = ()
     ttft_samples_ms: tuple[float, ...] = ()
+    blocks: int | None = None
+    extrapolated_from: tuple[str, ...] = ()
     roofline: Roofline | None = None
     output_check: OutputAgreement | None = None
     notes: tuple[str, ...] = ()
+
+    @property
+    def samples(self) -> np.ndarray:
+        """`samples_ms` as float64 [rounds, samples_per_round]."""
+        return np.array(self.samples_ms).reshape(-1, self.samples_per_round)
 
 
 class Comparison(_Stored):

@@ -16,8 +16,6 @@ from ..families import Decoder
 from .measure import Outcome, Workload
 from .report import Environment, Roofline
 
-# Tables of which a token needs one row: not read whole.
-TABLES = ("embedding", "rotary.cosine", "rotary.sine")
 PRODUCTS = ("MatMul", "MatMulInteger", "MatMulNBits")
 FLOAT_BYTES = 4
 
@@ -47,7 +45,7 @@ def traffic_of(outcome: Outcome, decoder: Decoder) -> Traffic:
     """The traffic of a run, from its graph, or from the sizes of its model where it has none."""
     candidate = outcome.candidate
     if not candidate.model.is_file():
-        return _checkpoint_traffic(decoder)
+        return _checkpoint_traffic(candidate.weight_bytes, decoder)
     return graph_traffic(
         candidate.model, decoder, candidate.sparsity if candidate.engine.skips_zeros else 0.0
     )
@@ -60,7 +58,8 @@ def graph_traffic(model: Path, decoder: Decoder, skipped: float = 0.0) -> Traffi
     never as more than the matrix.
     """
     graph = onnx.load(str(model), load_external_data=False).graph
-    sizes = {tensor.name: _bytes(tensor) for tensor in graph.initializer if tensor.name not in TABLES}
+    tables = _tables(graph)
+    sizes = {tensor.name: _bytes(tensor) for tensor in graph.initializer if tensor.name not in tables}
     # The head comes last and is never pruned.
     *blocks, head = _matrices(graph, sizes)
     kept = sum(min(m.bytes, (1 - skipped) * m.bytes + m.elements / 8) if skipped else m.bytes for m in blocks)
@@ -74,22 +73,15 @@ def graph_traffic(model: Path, decoder: Decoder, skipped: float = 0.0) -> Traffi
     )
 
 
-def _checkpoint_traffic(decoder: Decoder) -> Traffic:
-    """That of torch: all weights in fp32, zeros too."""
-    elements = decoder.blocks * block_weights(decoder) + decoder.vocabulary * decoder.hidden
-    width = decoder.kv_heads * decoder.head_dim
+def _checkpoint_traffic(weight_bytes: int, decoder: Decoder) -> Traffic:
+    """That of torch, in fp32: all weights, zeros too, but the embedding unless it is the head as well."""
+    table = 0 if decoder.tied_embeddings else FLOAT_BYTES * decoder.vocabulary * decoder.hidden
     return Traffic(
-        weight_bytes=FLOAT_BYTES * elements,
-        operations=2 * elements,
-        position_bytes=2 * FLOAT_BYTES * decoder.blocks * width,
+        weight_bytes=weight_bytes - table,
+        operations=2 * (weight_bytes - table) / FLOAT_BYTES,
+        position_bytes=2 * FLOAT_BYTES * decoder.blocks * decoder.kv_heads * decoder.head_dim,
         position_operations=_attention_operations(decoder),
     )
-
-
-def block_weights(decoder: Decoder) -> int:
-    """Weights of the linear layers of one decoder block."""
-    attention = 2 * decoder.hidden * decoder.head_dim * (decoder.heads + decoder.kv_heads)
-    return attention + 3 * decoder.hidden * decoder.intermediate
 
 
 def roofline(
@@ -98,8 +90,27 @@ def roofline(
     """The share of the roofs that `tpot_ms` per token comes to."""
     # Tokens after the first are decoded at the last new_tokens - 1 depths of the context.
     depth = workload.context - workload.new_tokens / 2
-    weight_bytes, kv_bytes = traffic.weight_bytes, depth * traffic.position_bytes
-    operations = traffic.operations + depth * traffic.position_operations
+    return under_roofs(
+        traffic.weight_bytes,
+        depth * traffic.position_bytes,
+        traffic.operations + depth * traffic.position_operations,
+        traffic.estimated,
+        precision,
+        tpot_ms,
+        environment,
+    )
+
+
+def under_roofs(
+    weight_bytes: float,
+    kv_bytes: float,
+    operations: float,
+    estimated: bool,
+    precision: str,
+    tpot_ms: float,
+    environment: Environment,
+) -> Roofline:
+    """The same from what a token moves and computes."""
     gbps, gops = (amount / tpot_ms / 1e6 for amount in (weight_bytes + kv_bytes, operations))
     peak = environment.peak_fp32_gops if precision == "fp32" else environment.peak_int8_gops
     bandwidth_share = gbps / environment.memory_bandwidth_gbps
@@ -111,7 +122,7 @@ def roofline(
         weight_bytes=round(weight_bytes),
         kv_bytes=round(kv_bytes),
         operations=round(operations),
-        estimated=traffic.estimated,
+        estimated=estimated,
         gbps=gbps,
         gops=gops,
         bandwidth_share=bandwidth_share,
@@ -123,6 +134,15 @@ def roofline(
 def _attention_operations(decoder: Decoder) -> int:
     """Per cached position: a product with each key and one with each value, in every head."""
     return 4 * decoder.blocks * decoder.heads * decoder.head_dim
+
+
+def _tables(graph: onnx.GraphProto) -> set[str]:
+    """Initializers of which a token reads one row: embeddings, and the angles of the rotary one."""
+    gathered = {node.input[0] for node in graph.node if node.op_type == "Gather"}
+    rotated = {
+        name for node in graph.node if node.op_type == "GroupQueryAttention" for name in node.input[7:9]
+    }
+    return gathered | rotated
 
 
 def _matrices(graph: onnx.GraphProto, sizes: dict[str, int]) -> Iterator[_Matrix]:

@@ -21,7 +21,7 @@ from ..storage import refuse_existing, write_text
 from . import REPORT
 from .assemble import compare_runs, describe_environment, noise_record, run_record, warnings
 from .machine import busy_share, choose_cores, require_avx2
-from .measure import Noise, Outcome, Workload, measure, measure_perplexity
+from .measure import Noise, Outcome, Workload, check_lengths, measure, measure_perplexity
 from .plan import Candidate, plan_runs
 from .plot import overview, roofline_figure, save
 from .present import to_csv, to_markdown
@@ -100,7 +100,7 @@ def _workload(
 ) -> tuple[Workload, TokenWindows | None]:
     """The tokens to time on, and those for the perplexity; both are real text."""
     context = request.context or request.prompt_tokens + request.new_tokens
-    _check_lengths(request, context, decoder.max_positions)
+    check_lengths(request.prompt_tokens, request.new_tokens, request.repeats, context, decoder.max_positions)
     tokenizer = load_tokenizer(files)
     text = evaluation_windows(request.eval_data, tokenizer, 1, context - request.new_tokens)
     workload = Workload(
@@ -115,22 +115,6 @@ def _workload(
         return workload, None
     length = min(request.eval_tokens, decoder.max_positions)
     return workload, evaluation_windows(request.eval_data, tokenizer, request.eval_windows, length)
-
-
-def _check_lengths(request: Request, context: int, positions: int) -> None:
-    if request.prompt_tokens < 1:
-        raise UserError(f"--prompt-tokens {request.prompt_tokens}: at least 1 is needed")
-    if request.new_tokens < 2:
-        raise UserError(
-            f"--new-tokens {request.new_tokens}: at least 2 are needed to time one after the first"
-        )
-    if request.repeats < 1:
-        raise UserError(f"--repeats {request.repeats}: at least 1 is needed")
-    if context < request.prompt_tokens + request.new_tokens:
-        needed = request.prompt_tokens + request.new_tokens
-        raise UserError(f"--context {context} is too short for prompt and new tokens; use {needed} or more")
-    if context > positions:
-        raise UserError(f"a context of {context} is longer than the {positions} positions of the model")
 
 
 def _report(
@@ -157,7 +141,7 @@ def _report(
         evaluation=_evaluated(request, windows),
         all_loaded=together,
         runs=runs,
-        comparisons=compare_runs(outcomes),
+        comparisons=compare_runs(runs),
         noise=recorded,
         warnings=warnings(runs, recorded),
     )

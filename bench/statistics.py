@@ -30,6 +30,15 @@ class Speedup:
     high: float
 
 
+@dataclass(frozen=True)
+class Ratio:
+    """After / before, and its 95 % bootstrap interval."""
+
+    median: float
+    low: float
+    high: float
+
+
 def latency(samples_ms: np.ndarray) -> Latency:
     """Mean and percentiles of all samples, of any shape."""
     p50, p90, p99 = np.percentile(samples_ms, (50, 90, 99))
@@ -45,15 +54,44 @@ def speedup(baseline_ms: np.ndarray, run_ms: np.ndarray, seed: int = 0) -> Speed
     cluster bootstrap; Davison & Hinkley, 1997, section 3.8).
     """
     ratios = baseline_ms / run_ms
-    rounds, samples = ratios.shape
+    low, high = np.percentile(_resampled_medians(ratios, np.random.default_rng(seed)), (2.5, 97.5))
+    return Speedup(float(np.median(ratios)), float(low), float(high))
+
+
+def ratio_of_medians(after: np.ndarray, before: np.ndarray, seed: int = 0) -> Ratio:
+    """How `after` compares with `before`, float64 [rounds, samples] each, made at different times: nothing is
+    paired, so each is resampled by itself."""
     random = np.random.default_rng(seed)
+    drawn = _resampled_medians(after, random) / _resampled_medians(before, random)
+    low, high = np.percentile(drawn, (2.5, 97.5))
+    return Ratio(float(np.median(after) / np.median(before)), float(low), float(high))
+
+
+def ratio_of_speedups(
+    after: tuple[np.ndarray, np.ndarray], before: tuple[np.ndarray, np.ndarray], seed: int = 0
+) -> Ratio:
+    """The same for two speed-ups, each from (baseline, run) of its own interleaved rounds."""
+    paired = [baseline / run for baseline, run in (alike(*pair) for pair in (after, before))]
+    return ratio_of_medians(paired[0], paired[1], seed)
+
+
+def alike(one: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Samples of the same rounds in the same shape: by medians of rounds where one, being extrapolated, has
+    no others."""
+    if one.shape == other.shape:
+        return one, other
+    return np.median(one, axis=1, keepdims=True), np.median(other, axis=1, keepdims=True)
+
+
+def _resampled_medians(values: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Medians of bootstrap samples of [rounds, samples], drawn by rounds and then within them."""
+    rounds, samples = values.shape
     chosen = random.integers(rounds, size=(RESAMPLES, rounds, 1))
     medians = np.empty(RESAMPLES)
     for index, drawn in enumerate(chosen):
         within = random.integers(samples, size=(rounds, samples))
-        medians[index] = np.median(ratios[drawn, within])
-    low, high = np.percentile(medians, (2.5, 97.5))
-    return Speedup(float(np.median(ratios)), float(low), float(high))
+        medians[index] = np.median(values[drawn, within])
+    return medians
 
 
 def drift(samples_ms: np.ndarray) -> float:

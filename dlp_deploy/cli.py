@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from .bench.cli import app as bench_app
 from .errors import UserError
 
 app = typer.Typer(
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 recipe_app = typer.Typer(no_args_is_help=True, help="Read, check and apply SparseML recipes and masks.")
 engine_app = typer.Typer(no_args_is_help=True, help="Engines that live in environments of their own.")
+app.add_typer(bench_app, name="bench")
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(engine_app, name="engine")
 
@@ -171,44 +173,6 @@ def export(
     print(export(**options))
 
 
-@app.command()
-def bench(
-    artifact: Annotated[
-        Path | None, typer.Argument(help="Artifact folder. Default: the newest below ./artifacts.")
-    ] = None,
-    engine: Annotated[str, typer.Option(help="deepsparse, onnxruntime, torch, a list, or all installed.")] = (
-        "deepsparse"
-    ),
-    cores: Annotated[int | None, typer.Option(help="Physical cores, one thread each. Default: all.")] = None,
-    baseline: Annotated[
-        str | None,
-        typer.Option(help="Dense ONNX Runtime precisions to compare with, or none. Default: all there are."),
-    ] = None,
-    prompt_tokens: Annotated[int, typer.Option(help="Tokens of the timed prompt.")] = 128,
-    new_tokens: Annotated[int, typer.Option(help="Tokens to decode, greedily, each one timed.")] = 64,
-    context: Annotated[
-        int | None, typer.Option(help="KV cache positions, filled to this depth. Default: prompt + new.")
-    ] = None,
-    repeats: Annotated[int, typer.Option(help="Rounds; in each, all runs take their turn.")] = 5,
-    eval_data: Annotated[str, typer.Option(help="Text for the perplexity, as --calib of prune.")] = "builtin",
-    eval_windows: Annotated[int, typer.Option(help="Windows for the perplexity; 0 leaves it out.")] = 16,
-    eval_tokens: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
-    output: Annotated[Path | None, typer.Option(help="report.json. Default: in <artifact>.bench/.")] = None,
-    force: Force = False,
-) -> None:
-    """Measure decode latency against dense baselines, on equal terms, and write a report.
-
-    [bold]dlp-deploy bench --engine deepsparse --cores 24[/bold]
-
-    Every engine runs in a process of its own on the same physical cores. Its logits are checked before
-    anything is timed; the runs take turns, so that a noisy machine disturbs all of them alike. The report
-    is written as JSON, Markdown, CSV and a plot.
-    """
-    options = locals().copy()
-    from . import bench
-    from .bench.present import print_report
-
-    print_report(bench(**options))
 
 
 @app.command("eval")

@@ -1,0 +1,121 @@
+"""The commands of `dlp-deploy bench`: measure an artifact, sweep over sparsities, compare, project."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+MEASURE = "run"
+
+
+class _BenchGroup(TyperGroup):
+    """What is no sub-command is an argument of `bench run`, so that `bench ARTIFACT` measures."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args or args[0] not in self.commands:
+            args = [MEASURE, *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=_BenchGroup,
+    rich_markup_mode="rich",
+    help="Measure decode latency against dense baselines; see also: bench sweep, compare, project.",
+)
+
+Cores = Annotated[int | None, typer.Option(help="Physical cores, one thread each. Default: all.")]
+PromptTokens = Annotated[int, typer.Option(help="Tokens of the timed prompt.")]
+NewTokens = Annotated[int, typer.Option(help="Tokens to decode, greedily, each one timed.")]
+Context = Annotated[
+    int | None, typer.Option(help="KV cache positions, filled to this depth. Default: prompt + new.")
+]
+Repeats = Annotated[int, typer.Option(help="Rounds; in each, all runs take their turn.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
+
+
+@app.command(MEASURE, epilog="Further: bench sweep, bench compare, bench project; each has --help.")
+def run(
+    artifact: Annotated[
+        Path | None, typer.Argument(help="Artifact folder. Default: the newest below ./artifacts.")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="deepsparse, onnxruntime, torch, a list, or all installed.")] = (
+        "deepsparse"
+    ),
+    cores: Cores = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(help="Dense ONNX Runtime precisions to compare with, or none. Default: all there are."),
+    ] = None,
+    prompt_tokens: PromptTokens = 128,
+    new_tokens: NewTokens = 64,
+    context: Context = None,
+    repeats: Repeats = 5,
+    eval_data: Annotated[str, typer.Option(help="Text for the perplexity, as --calib of prune.")] = "builtin",
+    eval_windows: Annotated[int, typer.Option(help="Windows for the perplexity; 0 leaves it out.")] = 16,
+    eval_tokens: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
+    output: Annotated[Path | None, typer.Option(help="report.json. Default: in <artifact>.bench/.")] = None,
+    force: Force = False,
+) -> None:
+    """Measure decode latency against dense baselines, on equal terms, and write a report.
+
+    [bold]dlp-deploy bench --engine deepsparse --cores 24[/bold]
+
+    Every engine runs in a process of its own on the same physical cores. Its logits are checked before
+    anything is timed; the runs take turns, so that a noisy machine disturbs all of them alike. The report
+    is written as JSON, Markdown, CSV and a plot.
+    """
+    options = locals().copy()
+    from . import bench
+    from .present import print_report
+
+    print_report(bench(**options))
+
+
+@app.command()
+def sweep(
+    shape: Annotated[
+        str, typer.Option(help="llama2-7b, llama2-13b, tinyllama-1.1b, ..., or a folder with config.json.")
+    ],
+    sparsity: Annotated[str, typer.Option(help="Sparsities to measure.")] = "0,0.5,0.6,0.7,0.8,0.9",
+    quant: Annotated[
+        str, typer.Option(help="Precisions to measure each in: fp32, int8, int4.")
+    ] = "fp32,int8",
+    engine: Annotated[
+        str, typer.Option(help="Of the sparse model: deepsparse or onnxruntime.")
+    ] = "deepsparse",
+    baseline: Annotated[
+        str, typer.Option(help="Dense ONNX Runtime precisions beside each point, or none.")
+    ] = "fp32,int8,int4",
+    blocks: Annotated[
+        int | None,
+        typer.Option(
+            help="Measure this many decoder blocks and half as many, and extrapolate. Default: whole models, "
+            "but those that memory does not hold."
+        ),
+    ] = None,
+    block_size: Annotated[
+        int, typer.Option(help="Weights that share a scale in ONNX Runtime's int8 and int4; 128 is fastest.")
+    ] = 128,
+    cores: Cores = None,
+    prompt_tokens: PromptTokens = 64,
+    new_tokens: NewTokens = 32,
+    context: Context = None,
+    repeats: Repeats = 5,
+    seed: Annotated[int, typer.Option(help="Seed of the random weights and tokens.")] = 0,
+    output: Annotated[Path | None, typer.Option(help="JSONL file. Default: sweep-<shape>.jsonl.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Measure all again.")] = False,
+) -> None:
+    """Speed-up by sparsity of a real shape with random weights: the paper's figure, without its models.
+
+    [bold]dlp-deploy bench sweep --shape tinyllama-1.1b --context 512[/bold]
+
+    Each finished point is one line of the output; the same command goes on where it was stopped.
+    """
+    options = locals().copy()
+    from .sweep import sweep
+    from .sweep_report import to_markdown
+
+    print(to_markdown(sweep(**options)))

@@ -1,0 +1,81 @@
+"""The file of a sweep: one JSON line per finished point, appended as it is finished."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..errors import UserError
+from .report import Report, Run
+
+SCHEMA = 1
+
+
+class Point(BaseModel):
+    """One sparsity in one precision, beside the dense baselines of the same rounds.
+
+    `report` holds the whole model, measured or extrapolated; `measured` the runs with fewer blocks that
+    were extrapolated. `settings` are what must agree for two points to be of one sweep.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    schema_version: int = Field(default=SCHEMA, alias="schema")
+    shape: str
+    quant: str
+    sparsity: float
+    settings: dict[str, Any]
+    measured: tuple[Run, ...]
+    report: Report
+
+    @property
+    def sparse(self) -> Run:
+        return next(run for run in self.report.runs if not run.dense)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every run of it was timed."""
+        return all(run.status == "ok" for run in self.report.runs)
+
+
+def read_points(path: Path) -> list[Point]:
+    """The finished points; a last line that a killed sweep left unfinished is not one of them.
+
+    Raises UserError naming a line that is no point.
+    """
+    if not path.exists():
+        return []
+    *lines, _unfinished = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    return [_point(path, number, line) for number, line in enumerate(lines, 1)]
+
+
+def append_point(path: Path, point: Point) -> None:
+    """Add a line, durably, in the place of one that is unfinished."""
+    with path.open("a+b") as stream:
+        stream.seek(0)
+        stream.truncate(stream.read().rfind(b"\n") + 1)
+        stream.write(point.model_dump_json(by_alias=True).encode() + b"\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def latest(points: Iterable[Point], settings: dict[str, Any]) -> list[Point]:
+    """The last point of each precision and sparsity that was measured with `settings`, in their order."""
+    found = {(point.quant, point.sparsity): point for point in points if point.settings == settings}
+    return [found[key] for key in sorted(found)]
+
+
+def _point(path: Path, number: int, line: str) -> Point:
+    try:
+        return Point.model_validate_json(line)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise UserError(
+            f"{path}: line {number} is no point of a sweep: {field or 'JSON'}: {first['msg']}; "
+            "remove it, or give another --output"
+        ) from None

@@ -1,0 +1,264 @@
+"""Speed by sparsity of a real shape, without its weights: the paper's speed-up figure on any machine."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from ..artifact import Precision
+from ..errors import UserError
+from ..export.reference import REFERENCE_FILE, Reference, read_reference, write_reference
+from ..export.verify import graph_logits
+from ..families import decoder_of
+from ..progress import say
+from ..storage import naming_full_disk
+from .assemble import compare_runs, describe_environment, noise_record, run_record, warnings
+from .engines import engine_named
+from .extrapolate import extrapolate
+from .machine import describe_machine
+from .measure import Outcome, measure
+from .plan import MODEL, Candidate
+from .points import Point, append_point, latest, read_points
+from .random_model import FAST_BLOCK, RandomModel
+from .report import Environment, Report, Run
+from .shapes import shape_config
+from .sweep_plan import (
+    PlannedModel,
+    SweepPlan,
+    parse_engine,
+    parse_precisions,
+    parse_sparsities,
+    random_workload,
+)
+from .sweep_report import write_sweep_report
+
+# Text to check outputs on: longer than a prompt step of any engine, and some single tokens.
+CHECKED, CHECKED_PROMPT = 80, 64
+DISK_RESERVE = 1 << 30
+
+
+def sweep(
+    shape: str,
+    sparsity: str = "0,0.5,0.6,0.7,0.8,0.9",
+    quant: str = "fp32,int8",
+    engine: str = "deepsparse",
+    baseline: str = "fp32,int8,int4",
+    blocks: int | None = None,
+    block_size: int = FAST_BLOCK,
+    cores: int | None = None,
+    prompt_tokens: int = 64,
+    new_tokens: int = 32,
+    context: int | None = None,
+    repeats: int = 5,
+    seed: int = 0,
+    output: str | Path | None = None,
+    force: bool = False,
+) -> list[Point]:
+    """Measure a model of the shape `shape` with random weights at each sparsity in each precision.
+
+    `shape` is a built-in name (llama2-7b, tinyllama-1.1b, ...) or a folder with a config.json. The sparse
+    model runs in `engine`; beside each point, in the same rounds, run the dense `baseline` models in ONNX
+    Runtime. With `blocks`, that many decoder blocks and half as many are measured and the whole model is
+    extrapolated; without, so are only the models that memory does not hold. `block_size` weights share a
+    scale in ONNX Runtime's int8 and int4; 128 is fastest. Graphs are written beside the output and deleted.
+
+    Each finished point is appended to `output` (sweep-<shape>.jsonl unless told), and points that are
+    there already are not measured again, unless `force` starts anew; .md, .csv, .png and .svg are written
+    beside it. Raises UserError for what cannot be measured as asked, before anything is.
+    """
+    path = Path(output) if output else Path(f"sweep-{Path(shape).name}.jsonl")
+    plan = SweepPlan(
+        shape=shape,
+        sparsities=parse_sparsities(sparsity),
+        quants=parse_precisions(quant, "--quant"),
+        engine=parse_engine(engine),
+        baselines=() if baseline == "none" else parse_precisions(baseline, "--baseline"),
+        blocks=blocks,
+        block_size=block_size,
+        seed=seed,
+        workload=random_workload(shape, cores, prompt_tokens, new_tokens, context, repeats, seed),
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(path):
+        if force:
+            path.unlink(missing_ok=True)
+        return _run(plan, path)
+
+
+def _run(plan: SweepPlan, path: Path) -> list[Point]:
+    done = read_points(path)
+    _require_same_machine(path, done)
+    finished = {(p.quant, p.sparsity) for p in latest(done, plan.settings) if p.is_whole}
+    todo = [
+        (quant, sparsity)
+        for sparsity in plan.sparsities
+        for quant in plan.quants
+        if (quant, sparsity) not in finished
+    ]
+    if todo:
+        with _Graphs(plan, path) as graphs:
+            for number, (quant, sparsity) in enumerate(todo, 1):
+                say(f"Point {number} of {len(todo)}: {plan.shape}, sparsity {sparsity:g}, {quant}")
+                append_point(path, _measure_point(plan, graphs, quant, sparsity))
+    points = latest(read_points(path), plan.settings)
+    write_sweep_report(points, path)
+    return points
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"another sweep is writing {path}; wait for it, or give another --output") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _require_same_machine(path: Path, points: Sequence[Point]) -> None:
+    cpu = describe_machine().cpu
+    for point in points:
+        if point.report.environment.cpu != cpu:
+            measured = point.report.environment.cpu
+            raise UserError(f"{path} was measured on {measured}, and this is {cpu}; give another --output")
+
+
+class _Graphs:
+    """Graphs of random models in a folder beside the output, which is gone in the end."""
+
+    def __init__(self, plan: SweepPlan, path: Path) -> None:
+        self._plan = plan
+        self._folder = path.with_name(f".{path.name}.graphs")
+        self._made: dict[str, Candidate] = {}
+
+    def __enter__(self) -> _Graphs:
+        # What a killed sweep has left would only take room.
+        shutil.rmtree(self._folder, ignore_errors=True)
+        need, free = self._plan.disk_bytes() + DISK_RESERVE, shutil.disk_usage(self._folder.parent).free
+        if need > free:
+            raise UserError(
+                f"the graphs of this sweep take {need / 1e9:.1f} GB in {self._folder.parent.resolve()} and "
+                f"{free / 1e9:.1f} GB are free; free some, give --output elsewhere, or fewer --blocks"
+            )
+        self._folder.mkdir()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def candidates(self, model: PlannedModel) -> list[Candidate]:
+        """What to measure of a model; its graphs are written unless they are there."""
+        for count in model.counts:
+            if model.measured_name(count) not in self._made:
+                self._made[model.measured_name(count)] = self._make(model, count)
+        return [self._made[model.measured_name(count)] for count in model.counts]
+
+    def drop(self, candidates: Sequence[Candidate]) -> None:
+        for candidate in candidates:
+            del self._made[candidate.name]
+            shutil.rmtree(candidate.reference)
+
+    def _make(self, model: PlannedModel, count: int) -> Candidate:
+        name = model.measured_name(count)
+        folder, random = self._folder / name, self._plan.model(count, model.sparsity)
+        with naming_full_disk(folder):
+            written = random.write(folder, model.engine, model.precision)
+            self._write_reference(folder, random, model.precision)
+        return Candidate(
+            name=name,
+            engine=engine_named(model.engine),
+            precision=model.precision,
+            dense=model.dense,
+            sparsity=model.sparsity,
+            model=written.model,
+            reference=folder,
+            weight_bytes=written.weight_bytes,
+            notes=written.notes,
+        )
+
+    def _write_reference(self, folder: Path, random: RandomModel, precision: Precision) -> None:
+        reference = self._torch_reference(random)
+        if precision != "fp32":
+            logits = graph_logits(folder / MODEL, reference.ids, reference.prompt)
+            reference = replace(reference, graph_logits=logits)
+        write_reference(folder, reference)
+
+    def _torch_reference(self, random: RandomModel) -> Reference:
+        """What torch says, which is the same for all graphs of a model."""
+        folder = self._folder / f"torch-{random.decoder.blocks}-blocks-s{100 * random.sparsity:g}"
+        if not (folder / REFERENCE_FILE).is_file():
+            length = min(CHECKED, self._plan.workload.cached_tokens)
+            prompt = min(CHECKED_PROMPT, length - 1)
+            ids = np.random.default_rng(self._plan.seed).integers(0, random.decoder.vocabulary, length)
+            write_reference(folder, random.reference(folder, ids, prompt))
+        return read_reference(folder)
+
+
+def _measure_point(plan: SweepPlan, graphs: _Graphs, quant: Precision, sparsity: float) -> Point:
+    dense, sparse = plan.baseline_models(), plan.sparse_model(quant, sparsity)
+    baselines = [candidate for model in dense for candidate in graphs.candidates(model)]
+    own = graphs.candidates(sparse)
+    outcomes, noise, together = measure([*baselines, *own], plan.workload)
+    environment = describe_environment(plan.workload.cores, outcomes)
+    measured = [
+        _measured_run(plan, model, count, outcome, environment)
+        for (model, count), outcome in zip(
+            [(model, count) for model in (*dense, sparse) for count in model.counts], outcomes, strict=True
+        )
+    ]
+    graphs.drop(own)
+    runs = tuple(_whole_run(plan, model, measured, environment) for model in (*dense, sparse))
+    recorded = noise_record(noise)
+    report = Report(
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        dlp_deploy=version("dlp-deploy"),
+        artifact=f"{Path(plan.shape).name}, {quant}, sparsity {sparsity:g}, random weights",
+        model=Path(plan.shape).name,
+        command=plan.settings,
+        environment=environment,
+        evaluation=None,
+        all_loaded=together,
+        runs=runs,
+        comparisons=compare_runs(runs),
+        noise=recorded,
+        warnings=warnings(runs, recorded),
+    )
+    limited = tuple(run for run in measured if run.blocks is not None)
+    return Point(
+        shape=plan.shape,
+        quant=quant,
+        sparsity=sparsity,
+        settings=plan.settings,
+        measured=limited,
+        report=report,
+    )
+
+
+def _measured_run(
+    plan: SweepPlan, model: PlannedModel, count: int, outcome: Outcome, environment: Environment
+) -> Run:
+    decoder = decoder_of(shape_config(plan.shape, count))
+    run = run_record(outcome, plan.workload, decoder, environment)
+    return run if len(model.counts) == 1 else run.model_copy(update={"blocks": count})
+
+
+def _whole_run(
+    plan: SweepPlan, model: PlannedModel, measured: Sequence[Run], environment: Environment
+) -> Run:
+    found = {run.name: run for run in measured}
+    runs = [found[model.measured_name(count)] for count in model.counts]
+    if len(runs) == 1:
+        return runs[0]
+    small, large = runs
+    return extrapolate(small, large, model.name, plan.total, environment)

@@ -1,0 +1,175 @@
+"""What a sweep measures: which models, with how many of their blocks, and the room that they take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, cast, get_args
+
+import numpy as np
+
+from ..artifact import EngineName, Precision
+from ..errors import UserError
+from ..export.plan import BLOCK_SIZES, split_list
+from ..families import decoder_of
+from .engines import engine_named
+from .environments import interpreter
+from .machine import available_memory, choose_cores, require_avx2
+from .measure import Workload, check_lengths, fits_together
+from .random_model import RandomModel, graph_bytes
+from .shapes import shape_config
+
+# A model that memory does not hold is measured with this many blocks and half as many.
+LIMITED_BLOCKS = 4
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """One model to report: the engine that runs it, and the counts of decoder blocks to measure."""
+
+    name: str
+    engine: EngineName
+    precision: Precision
+    sparsity: float
+    dense: bool
+    counts: tuple[int, ...]
+
+    def measured_name(self, count: int) -> str:
+        return self.name if len(self.counts) == 1 else f"{self.name}-{count}-blocks"
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    shape: str
+    sparsities: tuple[float, ...]
+    quants: tuple[Precision, ...]
+    engine: EngineName
+    baselines: tuple[Precision, ...]
+    blocks: int | None
+    block_size: int
+    seed: int
+    workload: Workload
+    memory: int = field(default_factory=available_memory)
+
+    def __post_init__(self) -> None:
+        if self.blocks is not None and self.blocks < 2:
+            raise UserError(f"--blocks {self.blocks}: extrapolation needs 2 or more")
+        require_avx2()
+        if self.block_size not in BLOCK_SIZES:
+            raise UserError(
+                f"--block-size {self.block_size}: ONNX Runtime takes {', '.join(map(str, BLOCK_SIZES))}"
+            )
+        for name in (self.engine, "onnxruntime"):
+            interpreter(engine_named(name))
+
+    @cached_property
+    def total(self) -> int:
+        return decoder_of(shape_config(self.shape)).blocks
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        workload = self.workload
+        return {
+            "shape": self.shape,
+            "engine": self.engine,
+            "baseline": ",".join(self.baselines) or "none",
+            "blocks": self.blocks,
+            "block_size": self.block_size,
+            "cores": len(workload.cores),
+            "prompt_tokens": workload.prompt_tokens,
+            "new_tokens": workload.new_tokens,
+            "context": workload.context,
+            "repeats": workload.repeats,
+            "seed": self.seed,
+        }
+
+    def model(self, count: int, sparsity: float) -> RandomModel:
+        return RandomModel(shape_config(self.shape, count), sparsity, self.seed, self.block_size)
+
+    def baseline_models(self) -> list[PlannedModel]:
+        return [
+            self._planned(f"onnxruntime-{precision}-dense", "onnxruntime", precision, 0.0, dense=True)
+            for precision in self.baselines
+        ]
+
+    def sparse_model(self, quant: Precision, sparsity: float) -> PlannedModel:
+        return self._planned(
+            point_name(self.engine, quant, sparsity), self.engine, quant, sparsity, dense=False
+        )
+
+    def _planned(
+        self, name: str, engine: EngineName, precision: Precision, sparsity: float, dense: bool
+    ) -> PlannedModel:
+        counts = block_counts(self.blocks, self.total, self._fits(engine, precision))
+        return PlannedModel(name, engine, precision, sparsity, dense, counts)
+
+    def _fits(self, engine: EngineName, precision: Precision) -> bool:
+        return fits_together([self._bytes(self.total, engine, precision)], self.memory)
+
+    def _bytes(self, count: int, engine: EngineName, precision: Precision) -> int:
+        return graph_bytes(shape_config(self.shape, count), engine, precision, self.block_size)
+
+    def disk_bytes(self) -> int:
+        """Most that the graphs take at a time: all baselines, and the largest point."""
+
+        def size(model: PlannedModel) -> int:
+            return sum(self._bytes(count, model.engine, model.precision) for count in model.counts)
+
+        largest = max(size(self.sparse_model(quant, 0.0)) for quant in self.quants)
+        return largest + sum(size(model) for model in self.baseline_models())
+
+
+def point_name(engine: str, quant: str, sparsity: float) -> str:
+    return f"{engine}-{quant}-s{100 * sparsity:g}"
+
+
+def block_counts(limit: int | None, total: int, fits: bool) -> tuple[int, ...]:
+    """How many of `total` decoder blocks to measure: all of them, or two counts to extrapolate from."""
+    if (limit is None and fits) or (limit is not None and limit >= total):
+        return (total,)
+    most = min(limit or LIMITED_BLOCKS, total)
+    return (most // 2, most)
+
+
+def parse_sparsities(text: str) -> tuple[float, ...]:
+    try:
+        values = tuple(dict.fromkeys(float(part) for part in text.split(",") if part.strip()))
+    except ValueError:
+        values = ()
+    if not values or not all(0 <= value < 1 for value in values):
+        raise UserError(f"--sparsity {text}: give numbers in [0, 1), separated by commas")
+    return values
+
+
+def parse_precisions(text: str, option: str) -> tuple[Precision, ...]:
+    """The comma-separated precisions of `text`, at least one. UserError for what is none."""
+    found = cast(tuple[Precision, ...], split_list(text, get_args(Precision), option))
+    if not found:
+        raise UserError(f"{option} is empty; it takes: {', '.join(get_args(Precision))}")
+    return found
+
+
+def parse_engine(name: str) -> EngineName:
+    """An engine that graphs are written for. Raises UserError for another."""
+    engine_named(name)
+    if name not in get_args(EngineName):
+        raise UserError(
+            f"--engine {name} takes no graphs; a sweep runs in: {', '.join(get_args(EngineName))}"
+        )
+    return cast(EngineName, name)
+
+
+def random_workload(
+    shape: str,
+    cores: int | None,
+    prompt_tokens: int,
+    new_tokens: int,
+    context: int | None,
+    repeats: int,
+    seed: int,
+) -> Workload:
+    decoder = decoder_of(shape_config(shape))
+    positions = context or prompt_tokens + new_tokens
+    check_lengths(prompt_tokens, new_tokens, repeats, positions, decoder.max_positions)
+    ids = np.random.default_rng(seed).integers(0, decoder.vocabulary, positions - new_tokens)
+    return Workload(choose_cores(cores), ids, prompt_tokens, new_tokens, positions, repeats)

@@ -1,0 +1,249 @@
+"""Sweeps over a tiny shape in the real engines: what is measured, carried on, resumed and refused."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+from dlp_deploy.bench.environments import install
+from dlp_deploy.bench.extrapolate import extrapolate
+from dlp_deploy.bench.points import Point, read_points
+from dlp_deploy.bench.random_model import RandomModel, graph_bytes, parameter_shapes
+from dlp_deploy.bench.shapes import SHAPES, shape_config
+from dlp_deploy.bench.sweep import sweep
+from dlp_deploy.bench.sweep_plan import block_counts
+from dlp_deploy.checkpoint import open_checkpoint
+from dlp_deploy.errors import UserError
+from dlp_deploy.export.verify import compare_logits, graph_logits
+from dlp_deploy.families import decoder_of
+from dlp_deploy.models import resolve_model
+
+from .bench_reports import environment, report
+
+QUICK: dict[str, Any] = {"cores": 1, "prompt_tokens": 20, "new_tokens": 6, "repeats": 2}
+
+
+@pytest.fixture(scope="module")
+def shape(tiny_checkpoint: Callable[[str], Path]) -> str:
+    return str(tiny_checkpoint("llama"))
+
+
+@pytest.fixture(scope="module")
+def swept(shape: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Point]:
+    install("deepsparse")
+    output = tmp_path_factory.mktemp("sweep") / "s.jsonl"
+    options: dict[str, Any] = {
+        "cores": 1,
+        "prompt_tokens": 20,
+        "new_tokens": 24,
+        "context": 110,
+        "repeats": 3,
+    }
+    options |= {"quant": "int8", "baseline": "fp32", "blocks": 2}
+    (point,) = sweep(shape, sparsity="0.8", output=output, **options)
+    return output, point
+
+
+def test_a_point_is_carried_on_to_the_whole_model(
+    swept: tuple[Path, Point], shape: str, tmp_path: Path
+) -> None:
+    _, point = swept
+    assert [run.name for run in point.measured] == [
+        "onnxruntime-fp32-dense-1-blocks",
+        "onnxruntime-fp32-dense-2-blocks",
+        "deepsparse-int8-s80-1-blocks",
+        "deepsparse-int8-s80-2-blocks",
+    ]
+    assert [run.name for run in point.report.runs] == ["onnxruntime-fp32-dense", "deepsparse-int8-s80"]
+    for run, small, large in zip(point.report.runs, point.measured[::2], point.measured[1::2], strict=True):
+        assert (run.status, run.reason) == ("ok", "")
+        assert run.extrapolated_from == (small.name, large.name)
+        medians = [np.median(each.samples, axis=1) for each in (small, large)]
+        np.testing.assert_allclose(run.samples_ms, 2 * medians[1] - medians[0])
+        assert small.output_check is not None
+        assert small.output_check.positions == 17
+        assert run.roofline is not None
+    # Bytes are not noisy: those of the whole graph are found exactly.
+    whole = RandomModel(shape_config(shape), 0.8, 0).write(tmp_path, "deepsparse", "int8")
+    assert point.sparse.weight_bytes == whole.weight_bytes
+    comparison = point.report.speedup_over("deepsparse-int8-s80", "onnxruntime-fp32-dense")
+    assert comparison is not None
+    assert comparison.ci95[0] <= comparison.speedup <= comparison.ci95[1]
+
+
+def test_a_sweep_leaves_its_reports_and_no_graphs(swept: tuple[Path, Point]) -> None:
+    output, point = swept
+    assert sorted(path.name for path in output.parent.iterdir()) == [
+        ".s.jsonl.lock",
+        "s.csv",
+        "s.jsonl",
+        "s.md",
+        "s.png",
+        "s.svg",
+    ]
+    text = output.with_suffix(".md").read_text()
+    assert "| int8* | 80% |" in text
+    assert "Extrapolated to the whole model from runs with 1 and 2 decoder blocks" in text
+    (row,) = csv.DictReader(io.StringIO(output.with_suffix(".csv").read_text()))
+    assert row["extrapolated"] == "True"
+    assert float(row["speedup"]) == point.report.comparisons[0].speedup
+    assert read_points(output) == [point]
+
+
+def test_a_sweep_goes_on_where_it_was_killed(shape: str, tmp_path: Path) -> None:
+    output = tmp_path / "s.jsonl"
+    options = QUICK | {"engine": "onnxruntime", "quant": "fp32", "baseline": "fp32", "output": output}
+    sweep(shape, sparsity="0.5", **options)
+    first = output.read_bytes()
+    output.write_bytes(first + b'{"schema": 1, "shape": "ti')
+    (tmp_path / ".s.jsonl.graphs").mkdir()
+    points = sweep(shape, sparsity="0.5,0.75", **options)
+    assert [point.sparsity for point in points] == [0.5, 0.75]
+    assert all(run.extrapolated_from == () for point in points for run in point.report.runs)
+    assert output.read_bytes().startswith(first)
+    again = output.read_bytes()
+    assert sweep(shape, sparsity="0.75,0.5", **options) == points
+    assert output.read_bytes() == again
+    assert not (tmp_path / ".s.jsonl.graphs").exists()
+
+    stored = json.loads(first)
+    stored["report"]["environment"]["cpu"] = "another processor"
+    output.write_text(json.dumps(stored) + "\n")
+    with pytest.raises(UserError, match="was measured on another processor"):
+        sweep(shape, sparsity="0.5", **options)
+    output.write_text('{"schema": 1}\n')
+    with pytest.raises(UserError, match="line 1 is no point of a sweep: shape"):
+        sweep(shape, sparsity="0.5", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shape": "tinyllama-2b"}, "nearest are: tinyllama-1.1b"),
+        ({"sparsity": "0.5,1"}, r"--sparsity 0.5,1: give numbers in \[0, 1\)"),
+        ({"sparsity": "much"}, "--sparsity much"),
+        ({"quant": "int7"}, "--quant int7"),
+        ({"engine": "torch"}, "--engine torch takes no graphs"),
+        ({"block_size": 100}, "--block-size 100: ONNX Runtime takes 16, 32"),
+        ({"blocks": 1}, "--blocks 1: extrapolation needs 2 or more"),
+        ({"context": 25}, "--context 25 is too short"),
+        ({"cores": 1000}, "--cores 1000: this machine has"),
+    ],
+)
+def test_what_cannot_be_swept_is_refused(
+    shape: str, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    arguments = {"shape": shape, "engine": "onnxruntime", "output": tmp_path / "s.jsonl", **QUICK, **options}
+    with pytest.raises(UserError, match=message):
+        sweep(**arguments)
+    assert not (tmp_path / "s.jsonl").exists()
+
+
+def test_a_full_disk_is_noticed_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", ("total", "used", "free"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 0, 2 * 10**9))
+    with pytest.raises(UserError, match=r"take \d+\.\d GB in .* and 2.0 GB are free"):
+        sweep("tinyllama-1.1b", engine="onnxruntime", output=tmp_path / "s.jsonl", **QUICK)
+
+
+def test_random_weights_are_those_of_the_model_that_torch_runs(
+    shape: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    random = RandomModel(shape_config(shape), 0.6, 1)
+    weights = random.checkpoint()
+    stored = open_checkpoint(resolve_model(shape))
+    assert {name: weights.shape(name) for name in weights.names()} == {
+        name: stored.shape(name) for name in stored.names()
+    }
+    layer = weights.tensor("model.layers.1.mlp.up_proj.weight")
+    assert float((layer == 0).float().mean()) == pytest.approx(0.6, abs=0.03)
+    assert torch.equal(layer, random.checkpoint().tensor("model.layers.1.mlp.up_proj.weight"))
+    assert bool((weights.tensor("lm_head.weight") != 0).all())
+
+    ids = np.random.default_rng(0).integers(0, 512, 24)
+    model = AutoModelForCausalLM.from_config(random.config).eval()
+    model.load_state_dict({name: weights.tensor(name) for name in weights.names()})
+    with torch.inference_mode():
+        expected = model(torch.from_numpy(ids)[None]).logits[0].numpy()[15:]
+    reference = random.reference(tmp_path / "torch", ids, 16)
+    np.testing.assert_allclose(reference.logits, expected, rtol=1e-3, atol=1e-5)
+    written = random.write(tmp_path / "graph", "onnxruntime", "fp32")
+    check = compare_logits("onnxruntime", "torch", graph_logits(written.model, ids, 16), expected)
+    assert check.max_rel_error < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("shape", "parameters"),
+    [
+        ("llama2-7b", 6_738_415_616),
+        ("llama2-13b", 13_015_864_320),
+        ("llama3-8b", 8_030_261_248),
+        ("mistral-7b", 7_241_732_096),
+        ("qwen2.5-7b", 7_615_616_512),
+        ("qwen3-8b", 8_190_735_360),
+        ("tinyllama-1.1b", 1_100_048_384),
+        ("smollm2-135m", 134_515_008),
+    ],
+)
+def test_shapes_have_the_published_numbers_of_parameters(shape: str, parameters: int) -> None:
+    shapes = parameter_shapes(shape_config(shape))
+    assert sum(int(np.prod(size)) for size in shapes.values()) == parameters
+
+
+def test_every_shape_is_one_that_graphs_are_written_for(tmp_path: Path) -> None:
+    for name in SHAPES:
+        assert decoder_of(shape_config(name, blocks=2)).blocks == 2
+    config = shape_config("smollm2-135m", blocks=1)
+    for engine in ("deepsparse", "onnxruntime"):
+        for precision in ("fp32", "int8", "int4"):
+            written = RandomModel(config, 0.5, 0).write(tmp_path / engine, engine, precision)  # type: ignore[arg-type]
+            assert graph_bytes(config, engine, precision) == pytest.approx(written.weight_bytes, rel=0.05)
+
+
+def test_times_are_carried_on_along_a_line() -> None:
+    fixed, per_block = 5.0, np.array([[1.0, 1.1, 0.9], [1.2, 1.2, 1.2]])
+    facts = environment()
+    times = {count: fixed + count * per_block for count in (2, 4, 32)}
+    runs = {
+        count: report({"onnxruntime-fp32-dense": found}, count * 0.01)
+        .runs[0]
+        .model_copy(update={"blocks": count})
+        for count, found in times.items()
+    }
+    whole = extrapolate(runs[2], runs[4], "whole", 32, facts)
+    np.testing.assert_allclose(whole.samples_ms, np.median(times[32], axis=1))
+    assert whole.weight_bytes == runs[32].weight_bytes
+    assert whole.roofline is not None
+    assert whole.roofline.weight_bytes == runs[32].weight_bytes
+    assert whole.tpot_ms is not None
+    assert whole.ttft_ms is not None
+    assert whole.ttft_ms.p50 == pytest.approx(np.median(runs[32].ttft_samples_ms))
+    assert (whole.peak_rss_bytes, whole.blocks, whole.extrapolated_from) == (None, None, (runs[2].name,) * 2)
+    # Noise beyond sense is no figure, and neither is half of a pair.
+    assert extrapolate(runs[32], runs[4].model_copy(update={"blocks": 64}), "x", 99, facts).status == "failed"
+    broken = runs[4].model_copy(update={"status": "failed", "reason": "it died"})
+    assert extrapolate(runs[2], broken, "whole", 32, facts).reason == "it died"
+
+
+@given(st.integers(2, 100), st.integers(2, 100), st.booleans())
+@settings(max_examples=50, deadline=None)
+def test_a_limited_model_is_measured_at_two_sizes(limit: int, total: int, fits: bool) -> None:
+    counts = block_counts(limit, total, fits)
+    assert counts == (total,) if limit >= total else counts == (limit // 2, limit)
+    assert block_counts(None, total, True) == (total,)
+    assert block_counts(None, total, False)[0] < block_counts(None, total, False)[1] <= total
