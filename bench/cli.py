@@ -119,3 +119,14 @@ def sweep(
     from .sweep_report import to_markdown
 
     print(to_markdown(sweep(**options)))
+
+
+@app.command()
+def compare(
+    before: Annotated[Path, typer.Argument(help="A report.json.")],
+    after: Annotated[Path, typer.Argument(help="Another.")],
+) -> None:
+    """Say what changed between two reports, and whether it is more than noise."""
+    from .compare import compare, to_markdown
+
+    print(to_markdown(compare(before, after)))

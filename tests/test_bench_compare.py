@@ -1,0 +1,80 @@
+"""What changed between two reports: found where it is, and not where there is only noise."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dlp_deploy.bench.compare import compare, compare_reports, to_markdown
+from dlp_deploy.bench.report import to_json
+from dlp_deploy.cli import main
+
+from .bench_reports import DENSE, SPARSE, report
+
+
+def noisy(milliseconds: float, seed: int) -> np.ndarray:
+    """Times [8, 30] that vary by token and by round."""
+    random = np.random.default_rng(seed)
+    return milliseconds * np.exp(random.normal(0, 0.02, (8, 1)) + random.normal(0, 0.04, (8, 30)))
+
+
+def test_the_same_machine_measured_twice_is_within_noise() -> None:
+    before = report({DENSE: noisy(40, 1), SPARSE: noisy(10, 2)})
+    after = report({DENSE: noisy(40, 3), SPARSE: noisy(10, 4)})
+    changes = compare_reports(before, after)
+    assert changes.facts == changes.runs == ()
+    assert [change.verdict for change in (*changes.latencies, *changes.speedups)] == ["within noise"] * 3
+
+
+def test_a_change_is_found_with_its_size_and_its_direction() -> None:
+    before = report({DENSE: noisy(40, 1), SPARSE: noisy(10, 2)})
+    after = report({DENSE: noisy(40, 3), SPARSE: noisy(8, 4)}, kernel="7")
+    changes = compare_reports(before, after)
+    dense, sparse = changes.latencies
+    assert dense.verdict == "within noise"
+    assert sparse.verdict == "lower"
+    assert sparse.ratio.low < 0.8 < sparse.ratio.high
+    (speedup,) = changes.speedups
+    assert speedup.name == f"{SPARSE} over {DENSE}"
+    assert speedup.verdict == "higher"
+    assert [(fact.name, fact.before, fact.after) for fact in changes.facts] == [
+        ("environment.kernel", "6", "7")
+    ]
+    text = to_markdown(changes)
+    assert "| environment.kernel | 6 | 7 |" in text
+    assert "higher |" in text
+
+
+def test_runs_of_only_one_report_are_named() -> None:
+    before = report({DENSE: noisy(40, 1)})
+    after = report({DENSE: noisy(40, 1), SPARSE: noisy(10, 2)})
+    (run,) = compare_reports(before, after).runs
+    assert (run.name, run.before, run.after) == (SPARSE, None, "ok")
+
+
+def test_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(to_json(report({DENSE: noisy(40, 1), SPARSE: noisy(10, 2)})))
+    assert compare(path, path).facts == ()
+
+    def run(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["dlp-deploy", "bench", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return int(ended.value.code or 0)
+
+    assert run("compare", str(path), str(path)) == 0
+    assert "within noise" in capsys.readouterr().out
+    (tmp_path / "b.json").write_text("{")
+    assert run("compare", str(path), str(tmp_path / "b.json")) == 2
+    assert "b.json is no bench report" in capsys.readouterr().err
+    # Other words are arguments of the measurement itself.
+    assert run(str(tmp_path / "compared")) == 2
+    assert "compared is no artifact" in capsys.readouterr().err
+    assert run("--no-such-option") == 2
+    assert "--no-such-option" in capsys.readouterr().err
