@@ -130,3 +130,32 @@ def compare(
     from .compare import compare, to_markdown
 
     print(to_markdown(compare(before, after)))
+
+
+@app.command()
+def project(
+    reports: Annotated[
+        list[Path],
+        typer.Argument(help="report.json; of several at different --cores a serial part is fitted."),
+    ],
+    machine: Annotated[str | None, typer.Option(help="A known machine: xeon-6248r.")] = None,
+    cores: Annotated[int | None, typer.Option(help="Cores of the machine.")] = None,
+    bandwidth: Annotated[
+        float | None, typer.Option(help="GB/s that its cores together can read, not the published peak.")
+    ] = None,
+    clock: Annotated[
+        float | None, typer.Option(help="Its clock in GHz. Default: that of the measurement.")
+    ] = None,
+    check: Annotated[
+        Path | None, typer.Option(help="Project to the cores of this report, and compare with it.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Default: <report>.<machine>.json.")] = None,
+) -> None:
+    """Expected time per token on a described machine, from measured rates; marked as projected.
+
+    [bold]dlp-deploy bench project report.json --machine xeon-6248r[/bold]
+    """
+    options = locals().copy()
+    from .project import project, to_markdown
+
+    print(to_markdown(project(**options)))

@@ -1,0 +1,94 @@
+"""Projections: exact where the model is, marked as what they are, and refused without what they need."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dlp_deploy.bench.project import describe_target, fit_amdahl, project, project_reports, to_markdown
+from dlp_deploy.bench.report import Report, to_json
+from dlp_deploy.errors import UserError
+
+from .bench_reports import DENSE, SPARSE, report
+
+
+def measured(cores: int, compute: float, serial: float, gigabytes: float = 0.001) -> Report:
+    """A report of runs that obey Amdahl's law to the letter."""
+    times = np.full((3, 7), compute / cores + serial)
+    return report({DENSE: 4 * times, SPARSE: times}, gigabytes, cores=cores)
+
+
+@given(st.floats(1, 500), st.floats(0, 20), st.lists(st.integers(1, 32), min_size=2, max_size=5, unique=True))
+@settings(deadline=None)
+def test_amdahls_law_is_recovered(compute: float, serial: float, cores: list[int]) -> None:
+    counts = np.array(cores)
+    assert fit_amdahl(counts, compute / counts + serial) == pytest.approx(
+        (compute, serial), rel=1e-6, abs=1e-6
+    )
+
+
+def test_two_cores_from_one_are_what_two_cores_measure() -> None:
+    one, two = measured(1, 100, 0), measured(2, 100, 0)
+    projection = project_reports([one], describe_target(None, 2, 20.0, None), checked=two)
+    assert [run.error for run in projection.runs] == pytest.approx([0, 0])
+    assert [run.bound for run in projection.runs] == ["compute", "compute"]
+    (speedup,) = projection.speedups
+    assert (speedup.run, speedup.baseline, speedup.speedup) == (SPARSE, DENSE, pytest.approx(4))
+
+
+def test_a_serial_part_is_seen_with_two_numbers_of_cores() -> None:
+    reports = [measured(1, 100, 10), measured(2, 100, 10)]
+    projection = project_reports(reports, describe_target(None, 20, 1e6, None))
+    sparse = projection.runs[1]
+    assert (sparse.compute_ms, sparse.serial_ms) == pytest.approx((5, 10))
+    assert any("Amdahl" in line for line in projection.assumptions)
+    # One report alone is optimistic, and says so.
+    alone = project_reports(reports[:1], describe_target(None, 20, 1e6, None))
+    assert alone.runs[1].projected_ms == pytest.approx(110 / 20)
+    assert any("optimistic" in line for line in alone.assumptions)
+
+
+def test_no_number_of_cores_reads_faster_than_the_memory() -> None:
+    projection = project_reports([measured(1, 100, 0, gigabytes=1)], describe_target(None, 64, 50.0, 4.0))
+    for run in projection.runs:
+        assert run.bound == "bandwidth"
+        assert run.projected_ms == run.memory_ms == pytest.approx(20)
+
+
+def test_the_clock_scales_what_the_cores_do() -> None:
+    projection = project_reports([measured(1, 100, 0)], describe_target(None, 1, 1e6, 4.0))
+    assert projection.runs[1].projected_ms == pytest.approx(50)
+
+
+def test_a_known_machine_is_projected_to_and_marked(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    path.write_text(to_json(measured(1, 100, 0)))
+    projection = project([path], machine="xeon-6248r")
+    assert (projection.cores, projection.bandwidth_gbps) == (24, pytest.approx(112.6, abs=0.1))
+    stored = json.loads((tmp_path / "report.xeon-6248r.json").read_text())
+    assert stored["kind"] == "projected"
+    text = (tmp_path / "report.xeon-6248r.md").read_text()
+    assert text == to_markdown(projection)
+    assert text.startswith("# Projected, not measured: xeon-6248r")
+    assert all(line in text for line in projection.assumptions)
+
+
+def test_what_cannot_be_projected_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    path.write_text(to_json(measured(1, 100, 0)))
+    with pytest.raises(UserError, match="--machine cray-1 is not known; give xeon-6248r"):
+        project([path], machine="cray-1")
+    with pytest.raises(UserError, match="describe the machine"):
+        project([path], cores=4)
+    with pytest.raises(UserError, match="--bandwidth -1"):
+        project([path], cores=4, bandwidth=-1)
+    with pytest.raises(UserError, match="cannot be read"):
+        project([tmp_path / "none.json"], machine="xeon-6248r")
+    other = measured(2, 100, 0).model_copy(update={"artifact": "another"})
+    with pytest.raises(UserError, match="differ in more than cores"):
+        project_reports([measured(1, 100, 0), other], describe_target("xeon-6248r", None, None, None))
