@@ -15,6 +15,7 @@ from .prune_export import prune_export
 if TYPE_CHECKING:
     from .evaluation import evaluate
     from .export.pack import pack, unpack
+    from .finetuning import finetune
     from .pruning import prune
     from .serving import serve
 
@@ -25,13 +26,25 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 # Imported when first used, as most bring torch with them.
 _LAZY = {
     "evaluate": "evaluation",
+    "finetune": "finetuning",
     "pack": "export.pack",
     "prune": "pruning",
     "serve": "serving",
     "unpack": "export.pack",
 }
 
-__all__ = ["UserError", "bench", "evaluate", "export", "pack", "prune", "prune_export", "serve", "unpack"]
+__all__ = [
+    "UserError",
+    "bench",
+    "evaluate",
+    "export",
+    "finetune",
+    "pack",
+    "prune",
+    "prune_export",
+    "serve",
+    "unpack",
+]
 
 
 def __getattr__(name: str) -> Any:

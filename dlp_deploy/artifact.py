@@ -4,6 +4,7 @@
       manifest.json                  this module
       recipe.yaml  masks.safetensors dlp_deploy.recipes
       checkpoint/                    pruned Hugging Face checkpoint, tokenizer and config
+      finetuning.{json,png}          loss by step, if the kept weights were tuned
       <engine>/                      the sparse graph in the asked precision, tokenizer and config
       <engine>-<precision>/          further precisions, when several were asked for
       baseline/<precision>/          the dense model in ONNX Runtime, for comparison
@@ -82,6 +83,41 @@ class Pruning(_Stored):
     resumed_from_block: tuple[int, ...] = ()
 
 
+class HeldOutLoss(_Stored):
+    """Mean negative log-likelihood in nats per token, before and after, on text that was not trained on."""
+
+    source: str
+    windows: int
+    tokens_per_window: int
+    sha256: str
+    before: float
+    after: float
+
+
+class Finetuning(_Stored):
+    """One fine-tuning of the weights that the masks keep; `masks_sha256` is of the mask file, unchanged.
+
+    `lora_rank` is None when the weights themselves were trained. With a `teacher`, the share
+    `distill_weight` of the loss was the divergence from it at `temperature`. `seconds` is the wall time of
+    the whole run, with both evaluations.
+    """
+
+    created: str
+    text: CalibrationRecord
+    held_out: HeldOutLoss
+    lora_rank: int | None
+    teacher: str | None
+    temperature: float | None
+    distill_weight: float | None
+    learning_rate: float
+    windows_per_step: int
+    steps: int
+    trained_parameters: int
+    dtype: Literal["float32", "bfloat16"]
+    seconds: float
+    masks_sha256: str
+
+
 class OutputCheck(_Stored):
     """Agreement of an engine's logits with a reference: torch on the same weights before quantization,
     or ONNX Runtime on the very same graph.
@@ -133,6 +169,7 @@ class Manifest(_Stored):
     dlp_deploy: str
     source: Source
     pruning: Pruning
+    finetuning: tuple[Finetuning, ...] = ()
     exports: tuple[Export, ...] = ()
     files: tuple[StoredFile, ...] = ()
 

@@ -51,9 +51,9 @@ class BlockModel:
         self.decoder = decoder_of(self.config)
         self.checkpoint = checkpoint
         self.device = torch.device(device)
-        self._model = _without_weights(self.config, self.decoder)
+        self._model = model_without_weights(self.config, self.decoder)
         self._shapes = {name: tuple(p.shape) for name, p in self._model.named_parameters()}
-        _check_fits(self._shapes, checkpoint)
+        check_fits(self._shapes, checkpoint)
         family = self.decoder.family
         self._blocks: nn.ModuleList = self._model.get_submodule(family.blocks)  # type: ignore[assignment]
         self._base = self._model.get_submodule(family.blocks.rpartition(".")[0])
@@ -199,7 +199,8 @@ def _replaced_forward(blocks: nn.ModuleList, forward: Any) -> Iterator[None]:
             del block.forward
 
 
-def _without_weights(config: Any, decoder: Decoder) -> nn.Module:
+def model_without_weights(config: Any, decoder: Decoder) -> nn.Module:
+    """The transformers model, its parameters without storage and frozen, its buffers real."""
     # The faster one leaves out the cap of attention scores without a word.
     attention = "sdpa" if decoder.attention_cap is None else "eager"
     with _parameters_on_meta():
@@ -227,7 +228,8 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def _check_fits(shapes: Mapping[str, tuple[int, ...]], checkpoint: Checkpoint) -> None:
+def check_fits(shapes: Mapping[str, tuple[int, ...]], checkpoint: Checkpoint) -> None:
+    """Raise UserError unless the checkpoint has every tensor of the model, in its shape."""
     stored = set(checkpoint.names())
     for name, shape in shapes.items():
         if name not in stored:

@@ -37,23 +37,34 @@ class TokenWindows:
     seed: int
     sha256: str
 
+    @staticmethod
+    def of(windows: list[list[int]] | torch.Tensor, source: str, seed: int) -> TokenWindows:
+        ids = torch.as_tensor(windows, dtype=torch.int64)
+        digest = hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest()
+        return TokenWindows(ids, source, seed, digest)
 
-def calibration_windows(spec: str, tokenizer: Any, nsamples: int, seqlen: int, seed: int) -> TokenWindows:
+
+def calibration_windows(
+    spec: str, tokenizer: Any, nsamples: int | None, seqlen: int, seed: int
+) -> TokenWindows:
     """Draw `nsamples` windows of `seqlen` tokens at random places of the calibration part of a text.
 
-    Windows do not overlap where the text is long enough for that. Raises UserError when the text is
-    unknown, unreadable, out of reach, or shorter than one window.
+    Windows do not overlap where the text is long enough for that; None takes as many as there are (but
+    c4 has too many for that). Raises UserError when the text is unknown, unreadable, out of reach, or
+    shorter than one window.
     """
-    _check_sizes(nsamples, seqlen)
+    _check_sizes(1 if nsamples is None else nsamples, seqlen)
     draw = random.Random(seed)
     if spec == "c4":
+        if nsamples is None:
+            raise UserError("c4 is too long to take all of it; say how many windows with --nsamples")
         windows = _windows_of_documents(_c4("calibration"), tokenizer, nsamples, seqlen, draw)
     else:
         tokens = _encode(tokenizer, _text(spec, "calibration"))
         _check_length(spec, tokens, seqlen)
-        starts = _starts(len(tokens), nsamples, seqlen, draw)
+        starts = _starts(len(tokens), nsamples or len(tokens) // seqlen, seqlen, draw)
         windows = [tokens[start : start + seqlen] for start in starts]
-    return _token_windows(windows, spec, seed)
+    return TokenWindows.of(windows, spec, seed)
 
 
 def evaluation_windows(spec: str, tokenizer: Any, count: int | None, seqlen: int) -> TokenWindows:
@@ -63,16 +74,26 @@ def evaluation_windows(spec: str, tokenizer: Any, count: int | None, seqlen: int
     Raises UserError as `calibration_windows` does.
     """
     _check_sizes(count if count is not None else 1, seqlen)
+    return TokenWindows.of(_consecutive(spec, tokenizer, seqlen, count), spec, 0)
+
+
+def file_windows(path: str, tokenizer: Any, seqlen: int) -> torch.Tensor:
+    """All consecutive windows of a text file: int64 [windows, seqlen]. Raises UserError as the others do."""
+    _check_sizes(1, seqlen)
+    return torch.tensor(_consecutive(path, tokenizer, seqlen, None), dtype=torch.int64)
+
+
+def _consecutive(spec: str, tokenizer: Any, seqlen: int, count: int | None) -> list[list[int]]:
     tokens = _encode(tokenizer, _text(spec, "evaluation"))
     _check_length(spec, tokens, seqlen)
     available = len(tokens) // seqlen
     starts = range(0, min(count or available, available) * seqlen, seqlen)
-    return _token_windows([tokens[start : start + seqlen] for start in starts], spec, 0)
+    return [tokens[start : start + seqlen] for start in starts]
 
 
-def stored_windows(path: Path, source: str, seed: int) -> TokenWindows:
-    """Windows whose ids were written to a safetensors file as "ids"."""
-    return _token_windows(safetensors_entries(path)["ids"].read(), source, seed)
+def stored_windows(path: Path, source: str, seed: int, name: str = "ids") -> TokenWindows:
+    """Windows whose ids were written to a safetensors file as `name`."""
+    return TokenWindows.of(safetensors_entries(path)[name].read(), source, seed)
 
 
 def _check_sizes(nsamples: int, seqlen: int) -> None:
@@ -91,11 +112,6 @@ def _check_length(spec: str, tokens: list[int], seqlen: int) -> None:
 def _encode(tokenizer: Any, text: str) -> list[int]:
     # verbose=False: the text is cut into windows, so it may be longer than the model's context.
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-
-def _token_windows(windows: list[list[int]] | torch.Tensor, source: str, seed: int) -> TokenWindows:
-    ids = torch.as_tensor(windows, dtype=torch.int64)
-    return TokenWindows(ids, source, seed, hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest())
 
 
 def _starts(tokens: int, nsamples: int, seqlen: int, draw: random.Random) -> list[int]:

@@ -66,7 +66,7 @@ def evaluate(
         raise UserError(f"--seqlen {length} is longer than the {positions} positions of {model}")
     text = evaluation_windows(data, load_tokenizer(files), windows, length)
     if engine == "torch":
-        result, chosen = perplexity_of(_torch_nll(files, text)), "fp32"
+        result, chosen = perplexity_of(torch_nll(files, text)), "fp32"
     else:
         chosen, graph = _graph(folder, engine, precision, dense)
         result = perplexity_of(_engine_nll(engine, graph, text, _cores(cores)))
@@ -92,7 +92,8 @@ def _graph(folder: Path, engine: str, precision: str | None, dense: bool) -> tup
     )
 
 
-def _torch_nll(files: ModelFiles, text: TokenWindows) -> np.ndarray:
+def torch_nll(files: ModelFiles, text: TokenWindows) -> np.ndarray:
+    """Negative log-likelihoods in nats, float32 [windows, length - 1], of the checkpoint in float32."""
     rows: list[np.ndarray] = []
     with progress("Perplexity in torch", len(text.ids)) as advance:
         for start in range(0, len(text.ids), TORCH_WINDOWS):

@@ -10,6 +10,7 @@ from typing import Any
 from .storage import naming_full_disk, sync_folder
 
 EMBEDDED, SHARED, SCORED, PRUNED, RESUMED = "embedded", "shared", "scored", "pruned", "resumed"
+EVALUATED, TRAINED = "evaluated", "trained"
 
 
 class Journal:
@@ -31,8 +32,8 @@ class Journal:
         return [entry for entry in self._entries if entry["step"] == step]
 
     def any_block(self) -> bool:
-        """Whether any block is finished, in either pass: something worth going on from."""
-        return any(entry["step"] in (SCORED, PRUNED) for entry in self._entries)
+        """Whether any block is finished, in either pass, or trained: something worth going on from."""
+        return any(entry["step"] in (SCORED, PRUNED, TRAINED) for entry in self._entries)
 
     def append(self, step: str, **facts: Any) -> None:
         """Record a finished step, durably."""

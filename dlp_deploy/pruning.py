@@ -106,7 +106,7 @@ def prune(
         raise UserError(f"--seqlen {seqlen} is longer than the {decoder.max_positions} positions of {model}")
     final = Path(output) if output is not None else ARTIFACTS / (_folder_name(files, plan) + suffix)
     refuse_existing(final, force)
-    chosen = _device(device)
+    chosen = chosen_device(device)
     with unfinished_run(final, _settings(files, plan, text), resume, force) as folder:
         if not (folder / MANIFEST).is_file():
             _execute(files, plan, text, folder, chosen)
@@ -165,7 +165,8 @@ def _folder_name(files: ModelFiles, plan: Plan) -> str:
     return f"{files.name}-{plan.allocation}-s{100 * plan.sparsity:g}"
 
 
-def _device(device: str) -> str:
+def chosen_device(device: str) -> str:
+    """The device that "auto" means, or `device`. Raises UserError when it is not there."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -273,12 +274,13 @@ def _record(
         sparsity_asked=plan.sparsity,
         sparsity=1 - sum(kept) / sum(weights),
         blocks=blocks,
-        calibration=None if windows is None else _calibration_record(windows),
+        calibration=None if windows is None else calibration_record(windows),
         resumed_from_block=tuple(entry["block"] for entry in run.journal.steps(RESUMED)),
     )
 
 
-def _calibration_record(windows: TokenWindows) -> CalibrationRecord:
+def calibration_record(windows: TokenWindows) -> CalibrationRecord:
+    """What the manifest says of the windows of a text."""
     count, length = windows.ids.shape
     return CalibrationRecord(
         source=windows.source,

@@ -32,7 +32,7 @@ COMPANIONS = ("generation_config.json", "LICENSE", "LICENSE.txt", "LICENSE.md")
 def write_results(run: Run, files: ModelFiles, pruning: Pruning) -> None:
     """Complete the artifact once all blocks are pruned; the manifest comes last."""
     sha256 = combined_sha256(_digests(run))
-    _write_companions(files, run.folder / CHECKPOINT)
+    write_companions(files, run.folder / CHECKPOINT)
     _merge_masks(run, files.name, sha256)
     write_recipe(run.folder / RECIPE, recipe_from_pruning(pruning, run.model.decoder.family))
     source = Source(
@@ -54,7 +54,8 @@ def _digests(run: Run) -> dict[str, str]:
     return digests
 
 
-def _write_companions(files: ModelFiles, checkpoint: Path) -> None:
+def write_companions(files: ModelFiles, checkpoint: Path) -> None:
+    """Put index, config, tokenizer and licence beside the shards of a checkpoint."""
     write_index(checkpoint)
     load_config(files).save_pretrained(checkpoint)
     save_tokenizer(load_tokenizer(files), checkpoint)

@@ -26,6 +26,8 @@ from .recipe import (
 from .targets import linears_within, resolve_targets
 
 UNSTRUCTURED = "unstructured"
+# The method of masks that were found in a checkpoint: nobody can repeat it, so their recipe only holds them.
+GIVEN = "given"
 _UNSTRUCTURED_MASKS = ("0:0", UNSTRUCTURED)
 _ONE_SHOT: dict[str, type[BlockPruning]] = {"wanda": WandaPruningModifier, "sparsegpt": SparseGPTModifier}
 _METHODS: dict[type[Modifier], str] = {
@@ -44,8 +46,10 @@ def recipe_from_pruning(
     int4 shares one scale among `group_size` inputs; see `group_size_of`.
     """
     blocks = sorted(pruning.blocks, key=lambda block: block.index)
-    if pruning.method == "magnitude":
-        stages = {"prune_train_stage": Stage(_magnitude_groups(blocks, pruning.pattern, family))}
+    if pruning.method in ("magnitude", GIVEN):
+        stages = {}
+        if pruning.method == "magnitude":
+            stages["prune_train_stage"] = Stage(_magnitude_groups(blocks, pruning.pattern, family))
         if quant != "fp32":
             stages["quantize_oneshot_stage"] = Stage(_quantization_group(quant, group_size))
     else:

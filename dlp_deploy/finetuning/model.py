@@ -1,0 +1,51 @@
+"""A checkpoint as a transformers model in memory, to be trained or to teach."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..blocks import check_fits, model_without_weights
+from ..checkpoint import Checkpoint, open_checkpoint
+from ..errors import UserError
+from ..families import Decoder, decoder_of
+from ..models import ModelFiles, load_config, load_tokenizer
+
+
+def load_model(checkpoint: Checkpoint, config: Any, linears: torch.dtype | None) -> Any:
+    """The model with all its weights: float32, but the block linears in the dtype `linears`.
+
+    None leaves these in their stored dtype. Nothing requires gradients. Raises UserError when config and
+    checkpoint disagree.
+    """
+    decoder = decoder_of(config)
+    model: Any = model_without_weights(config, decoder)
+    check_fits({name: tuple(p.shape) for name, p in model.named_parameters()}, checkpoint)
+    state = {name: checkpoint.tensor(name) for name, _ in model.named_parameters()}
+    for name, tensor in state.items():
+        if not is_block_linear(name, decoder):
+            state[name] = tensor.float()
+        elif linears is not None:
+            state[name] = tensor.to(linears)
+    model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    model.config.use_cache = False
+    return model
+
+
+def is_block_linear(name: str, decoder: Decoder) -> bool:
+    """Whether a tensor is the weight of a prunable linear layer."""
+    family = decoder.family
+    return name.startswith(f"{family.blocks}.") and name.endswith(
+        tuple(f".{linear}.weight" for linear in family.linears)
+    )
+
+
+def load_teacher(files: ModelFiles, tokenizer: Any, dtype: torch.dtype) -> Any:
+    """A model to learn from. Raises UserError when its tokens are not those of `tokenizer`."""
+    if load_tokenizer(files).get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"--teacher {files.location} has another vocabulary; give the dense model that was pruned"
+        )
+    return load_model(open_checkpoint(files), load_config(files), dtype)
