@@ -15,6 +15,7 @@ import typer
 
 from .bench.cli import app as bench_app
 from .errors import UserError
+from .finetuning.command import finetune
 
 app = typer.Typer(
     name="dlp-deploy",
@@ -173,6 +174,7 @@ def export(
     print(export(**options))
 
 
+app.command()(finetune)
 
 
 @app.command("eval")
