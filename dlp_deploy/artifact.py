@@ -140,7 +140,8 @@ class Export(_Stored):
 
     `sparsity` is the share of zeros counted in the exported block weights; it exceeds that of the
     masks by `rounded_to_zero`, the share of kept weights that quantization made zero. `rounding` is
-    "gptq" or "nearest", None in fp32; `block_size` the inputs that share a scale, None for all.
+    "gptq" or "nearest", None in fp32; `block_size` the inputs that share a scale, None for all;
+    `kept_fp32` the layers that were not quantized.
     """
 
     path: str
@@ -153,6 +154,7 @@ class Export(_Stored):
     opset: int
     rounding: str | None = None
     block_size: int | None = None
+    kept_fp32: tuple[str, ...] = ()
     checks: tuple[OutputCheck, ...] = ()
     notes: tuple[str, ...] = ()
 

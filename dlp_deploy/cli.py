@@ -88,6 +88,13 @@ Rounding = Annotated[
     typer.Option(help="How weights are quantized: gptq (chosen on text, more accurate) or nearest (faster)."),
 ]
 BlockSize = Annotated[int, typer.Option(help="Inputs that share a scale in ONNX Runtime's graphs.")]
+KeepFp32 = Annotated[
+    str,
+    typer.Option(
+        help="Layers that are not quantized: none, auto (those that lose most, by measurement), or names "
+        "such as lm_head or 'model.layers.0.*'."
+    ),
+]
 
 
 @app.command("prune-export")
@@ -107,6 +114,7 @@ def prune_export_command(
     baseline: Baseline = "fp32",
     rounding: Rounding = "gptq",
     block_size: BlockSize = 32,
+    keep_fp32: KeepFp32 = "none",
     output: Output = None,
     seed: Seed = 0,
     device: Device = "auto",
@@ -165,6 +173,7 @@ def export(
     baseline: Baseline = "fp32",
     rounding: Rounding = "gptq",
     block_size: BlockSize = 32,
+    keep_fp32: KeepFp32 = "none",
     force: Force = False,
 ) -> None:
     """The second half of prune-export: add verified ONNX graphs to an artifact."""

@@ -179,6 +179,12 @@ class Decoder:
         """Query heads that share one key-value head."""
         return self.heads // self.kv_heads
 
+    def linear_layers(self) -> list[str]:
+        """Names of all linear layers, in the model's order: those of the blocks, then the head."""
+        family = self.family
+        blocks = [f"{family.block(i)}.{layer}" for i in range(self.blocks) for layer in family.linears]
+        return [*blocks, family.head]
+
     @property
     def mlp_is_linear_in_up(self) -> bool:
         """Whether the MLP's last layer reads s times as much when the up layer gives s > 0 times as much."""

@@ -12,6 +12,7 @@ def export(
     baseline: str = "fp32",
     rounding: str = "gptq",
     block_size: int = 32,
+    keep_fp32: str = "none",
     force: bool = False,
 ) -> Path:
     """Add ONNX graphs to an artifact that prune made, and return its folder.
@@ -19,8 +20,10 @@ def export(
     `quant` lists precisions (fp32, int8, int4), the first being the artifact's own; `target` the
     engines; `baseline` the precisions of the dense model for ONNX Runtime, or "none". `rounding` is
     "gptq" (chosen on text, so that errors make up for each other) or "nearest" (at once, and in less
-    memory); `block_size` is how many inputs share a scale in ONNX Runtime. Each graph is checked
-    (structure, zeros, logits against torch) before it gets its final name.
+    memory); `block_size` is how many inputs share a scale in ONNX Runtime. `keep_fp32` names the layers
+    of the sparse graphs that are not quantized, as patterns, or is "auto": those that lose most for their
+    size, until the weights have grown by 5 %. Each graph is checked (structure, zeros, logits against
+    torch) before it gets its final name.
 
     Raises UserError for unknown names and for graphs that exist, unless `force`.
     """
@@ -28,7 +31,7 @@ def export(
     from .add import add_graphs, remove_graphs
     from .plan import plan_graphs
 
-    folder, graphs = Path(artifact), plan_graphs(quant, target, baseline, rounding, block_size)
+    folder, graphs = Path(artifact), plan_graphs(quant, target, baseline, rounding, block_size, keep_fp32)
     remove_graphs(folder, graphs, force)
     add_graphs(folder, graphs)
     return folder

@@ -6,7 +6,7 @@ too. Only one block is in memory at a time, and nothing is stored but hidden sta
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,10 +33,10 @@ def quantization_text(files: ModelFiles, longest: int) -> torch.Tensor:
 
 
 class CalibratedWeights(Weights):
-    """The weights of `checkpoint`, rounded to `grid` by GPTQ. Layers are asked for in the model's order.
+    """The weights of `checkpoint`, rounded by GPTQ. Layers are asked for in the model's order.
 
     `token_scales` says that the engine rounds activations to int8 per token: then the text is run like
-    that. The hidden states lie in `folder`.
+    that. The layers in `kept` stay as they are. The hidden states lie in `folder`.
     """
 
     def __init__(
@@ -45,12 +45,15 @@ class CalibratedWeights(Weights):
         files: ModelFiles,
         ids: torch.Tensor,
         grid: Grid,
+        head_grid: Grid,
         token_scales: bool,
         folder: Path,
+        kept: Collection[str] = (),
     ) -> None:
         self._model = BlockModel(files, checkpoint)
         super().__init__(checkpoint, self._model.decoder)
-        self._ids, self._grid, self._token_scales = ids, grid, token_scales
+        self._ids, self._token_scales, self._kept = ids, token_scales, kept
+        self._grid, self._head_grid = grid, head_grid
         self._hidden = HiddenStates(folder / "hidden", (*ids.shape, self._model.decoder.hidden))
         for windows, states in self._model.embed(ids):
             self._hidden.write(windows, states)
@@ -58,9 +61,9 @@ class CalibratedWeights(Weights):
         self._rounded: dict[str, Quantized] = {}
 
     def quantized(self, layer: str, grid: Grid) -> Quantized:
-        assert grid == self._grid
         while layer not in self._rounded:
             self._rounded = self._round_next()
+        assert grid == self._rounded[layer].grid
         return self._rounded[layer]
 
     def _round_next(self) -> dict[str, Quantized]:
@@ -75,10 +78,13 @@ class CalibratedWeights(Weights):
         model, prefix = self._model, self._model.decoder.family.block(index)
         block = model.block(index, model.read_block(index), self._ids.shape[1])
         rounded: dict[str, Quantized] = {}
-        with _rounded_inputs(block.linears if self._token_scales else {}):
+        rounding = {
+            name: linear for name, linear in block.linears.items() if f"{prefix}.{name}" not in self._kept
+        }
+        with rounded_inputs(rounding if self._token_scales else {}):
             inputs = measure_inputs(block, self._hidden, "gram", model.device)
-            for name, linear in block.linears.items():
-                quantized = self._round(linear.weight, inputs.of(name))
+            for name, linear in rounding.items():
+                quantized = _round(linear.weight, inputs.of(name), self._grid)
                 linear.weight.copy_(torch.from_numpy(quantized.dequantize()))
                 rounded[f"{prefix}.{name}"] = quantized
             for windows in self._hidden.batches():
@@ -92,14 +98,14 @@ class CalibratedWeights(Weights):
         rows = (rounded_per_token(state) if self._token_scales else state for state in states)
         gram = sum(row.T @ row for row in rows)
         assert isinstance(gram, torch.Tensor)
-        return {head: self._round(torch.from_numpy(self.linear(head)), gram)}
+        return {head: _round(torch.from_numpy(self.linear(head)), gram, self._head_grid)}
 
-    def _round(self, weight: torch.Tensor, gram: torch.Tensor) -> Quantized:
-        grid = self._grid
-        scale = grid_scale(weight.numpy(force=True), grid)
-        of_columns = torch.from_numpy(scale_of_columns(scale, grid, weight.shape[1])).to(weight.device)
-        levels = rounded_levels(weight, gram, of_columns, grid.lowest, grid.highest)
-        return Quantized(levels.numpy(force=True), scale, grid)
+
+def _round(weight: torch.Tensor, gram: torch.Tensor, grid: Grid) -> Quantized:
+    scale = grid_scale(weight.numpy(force=True), grid)
+    of_columns = torch.from_numpy(scale_of_columns(scale, grid, weight.shape[1])).to(weight.device)
+    levels = rounded_levels(weight, gram, of_columns, grid.lowest, grid.highest)
+    return Quantized(levels.numpy(force=True), scale, grid)
 
 
 def rounded_per_token(x: torch.Tensor) -> torch.Tensor:
@@ -109,7 +115,7 @@ def rounded_per_token(x: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def _rounded_inputs(linears: Mapping[str, torch.nn.Linear]) -> Iterator[None]:
+def rounded_inputs(linears: Mapping[str, torch.nn.Linear]) -> Iterator[None]:
     """Let each of the layers see its input as the engine rounds it; layers that share one still do."""
     seen: list[torch.Tensor] = []
 

@@ -7,7 +7,7 @@ engine or precision is one object, and a new model family is none.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -227,6 +227,29 @@ def rms_norm(graph: GraphWriter, x: str, weight: str, epsilon: float, name: str)
         "Sqrt", graph.node("Add", mean, graph.scalar(epsilon), name=f"{name}.shift"), name=f"{name}.rms"
     )
     return graph.node("Mul", graph.node("Div", x, root, name=f"{name}.unit"), weight, name=name)
+
+
+def fp32_linears(graph: GraphWriter, weights: Weights, x: str, layers: Sequence[str]) -> tuple[str, ...]:
+    """Plain matrix products; the weight is stored [in, out], as MatMul wants it."""
+    outputs = []
+    for layer in layers:
+        weight = graph.weight(f"{layer}.weight", weights.linear(layer).T)
+        outputs.append(add_bias(graph, weights, graph.node("MatMul", x, weight, name=layer), layer))
+    return tuple(outputs)
+
+
+def keeping_fp32(linears: Linears, kept: Collection[str]) -> Linears:
+    """`linears`, but the layers in `kept` as plain matrix products."""
+
+    def write(graph: GraphWriter, weights: Weights, x: str, layers: Sequence[str]) -> tuple[str, ...]:
+        plain = [layer for layer in layers if layer in kept]
+        others = [layer for layer in layers if layer not in kept]
+        outputs = dict(zip(plain, fp32_linears(graph, weights, x, plain), strict=True))
+        if others:
+            outputs |= zip(others, linears(graph, weights, x, others), strict=True)
+        return tuple(outputs[layer] for layer in layers)
+
+    return write if kept else linears
 
 
 def add_bias(graph: GraphWriter, weights: Weights, x: str, layer: str) -> str:

@@ -183,15 +183,6 @@ class DeepSparseTarget:
         return present
 
 
-def fp32_linears(graph: GraphWriter, weights: Weights, x: str, layers: Sequence[str]) -> tuple[str, ...]:
-    """Plain matrix products; the weight is stored [in, out], as MatMul wants it."""
-    outputs = []
-    for layer in layers:
-        weight = graph.weight(f"{layer}.weight", weights.linear(layer).T)
-        outputs.append(add_bias(graph, weights, graph.node("MatMul", x, weight, name=layer), layer))
-    return tuple(outputs)
-
-
 class Int8Linears:
     """Int8 weights per output channel; activations int8 per token, measured as the model runs.
 
@@ -200,8 +191,8 @@ class Int8Linears:
     coarser one in the same int8 container.
     """
 
-    def __init__(self, grid: Grid) -> None:
-        self.grid = grid
+    def __init__(self, grid: Grid, head: str, head_grid: Grid) -> None:
+        self.grid, self.head, self.head_grid = grid, head, head_grid
 
     def __call__(
         self, graph: GraphWriter, weights: Weights, x: str, layers: Sequence[str]
@@ -212,7 +203,7 @@ class Int8Linears:
     def _product(
         self, graph: GraphWriter, weights: Weights, quantized: str, token_scale: str, layer: str
     ) -> str:
-        stored = weights.quantized(layer, self.grid)
+        stored = weights.quantized(layer, self.head_grid if layer == self.head else self.grid)
         values = graph.weight(f"{layer}.weight", stored.levels.T)
         zero_points = graph.constant(_ZERO_POINT), graph.constant(_NO_OFFSET)
         product = graph.node("MatMulInteger", quantized, values, *zero_points, name=f"{layer}.integer")

@@ -26,6 +26,8 @@ class Graph:
     folder: str
     rounding: Rounding = "gptq"
     block_size: int = BLOCK_SIZE
+    # Layers that stay fp32: "none", "auto" (by measurement), or patterns of names.
+    keep_fp32: str = "none"
 
     @property
     def grid(self) -> Grid | None:
@@ -34,6 +36,12 @@ class Graph:
             return None
         block = None if self.engine == "deepsparse" else self.block_size
         return Grid(8 if self.precision == "int8" else 4, block)
+
+    @property
+    def head_grid(self) -> Grid | None:
+        """DeepSparse runs 4 bits at the speed of 8, so its head, which is not pruned, has 8. (With 4, most of
+        its weights round to zero, and the engine's sparse kernel gets wide heads wrong for 64 tokens.)"""
+        return Grid(8) if self.token_scales else self.grid
 
     @property
     def token_scales(self) -> bool:
@@ -60,7 +68,12 @@ def split_list(text: str, allowed: Sequence[str], option: str) -> tuple[str, ...
 
 
 def plan_graphs(
-    quant: str, target: str, baseline: str, rounding: str = "gptq", block_size: int = BLOCK_SIZE
+    quant: str,
+    target: str,
+    baseline: str,
+    rounding: str = "gptq",
+    block_size: int = BLOCK_SIZE,
+    keep_fp32: str = "none",
 ) -> tuple[Graph, ...]:
     """Sparse graphs for each target in each precision, then dense baselines for ONNX Runtime.
 
@@ -86,6 +99,7 @@ def plan_graphs(
             engine if first else f"{engine}-{precision}",
             cast(Rounding, rounding),
             block_size,
+            keep_fp32,
         )
         for engine in engines
         for first, precision in ((precision == precisions[0], precision) for precision in precisions)
@@ -99,6 +113,7 @@ def plan_graphs(
             f"baseline/{name}",
             cast(Rounding, rounding),
             block_size,
+            keep_fp32,
         )
         for name in names
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -25,6 +25,7 @@ from .companions import write_companions
 from .decoder import Weights
 from .plan import Graph
 from .reference import Reference, torch_reference, write_reference
+from .sensitivity import choose_kept, measure_costs, named_layers
 from .smooth import measure_smoothing, smoothed_checkpoint
 from .verify import (
     check_structure,
@@ -64,16 +65,36 @@ class Source:
         smoothing = measure_smoothing(self.files, checkpoint, self.text)
         return smoothed_checkpoint(checkpoint, self.decoder, smoothing)
 
+    def checkpoint(self, graph: Graph) -> Checkpoint:
+        return self.smoothed if graph.token_scales else open_checkpoint(self.files)
+
+    def kept(self, graph: Graph) -> tuple[str, ...]:
+        """The layers that `graph` keeps in fp32. Raises UserError for a pattern that matches none."""
+        if graph.keep_fp32 == "none" or graph.grid is None:
+            return ()
+        if graph.keep_fp32 != "auto":
+            return named_layers(graph.keep_fp32, self.decoder.linear_layers())
+        checkpoint = self.checkpoint(graph)
+        costs = measure_costs(self.files, checkpoint, self.text, graph.grid, graph.token_scales)
+        return choose_kept(costs, graph.grid)
+
     @contextmanager
-    def weights(self, graph: Graph) -> Iterator[Weights]:
+    def weights(self, graph: Graph, kept: Collection[str]) -> Iterator[Weights]:
         """The weights as `graph` wants them: smoothed, and rounded on text or to nearest."""
-        checkpoint = self.smoothed if graph.token_scales else open_checkpoint(self.files)
-        if graph.grid is None or not graph.calibrated:
+        checkpoint = self.checkpoint(graph)
+        if graph.grid is None or graph.head_grid is None or not graph.calibrated:
             yield Weights(checkpoint, self.decoder)
             return
         with TemporaryDirectory(prefix="dlp-deploy-") as folder:
             yield CalibratedWeights(
-                checkpoint, self.files, self.text, graph.grid, graph.token_scales, Path(folder)
+                checkpoint,
+                self.files,
+                self.text,
+                graph.grid,
+                graph.head_grid,
+                graph.token_scales,
+                Path(folder),
+                kept,
             )
 
 
@@ -109,8 +130,12 @@ def _export_one(artifact: Path, source: Source, graph: Graph) -> Export:
 
 def _write_and_verify(folder: Path, checkpoint: Path, source: Source, graph: Graph) -> Export:
     config, decoder = load_config(source.files), source.decoder
-    with source.weights(graph) as weights, progress(f"Exporting {graph.label}", decoder.blocks) as advance:
-        written = write_graph(folder, graph, weights, decoder, config, advance)
+    kept = source.kept(graph)
+    with (
+        source.weights(graph, kept) as weights,
+        progress(f"Exporting {graph.label}", decoder.blocks) as advance,
+    ):
+        written = write_graph(folder, graph, weights, decoder, config, advance, kept)
         counted = count_zeros(written.model, weights, decoder)
     write_companions(folder, checkpoint, config, graph.engine)
     check_structure(written.model)
@@ -127,6 +152,7 @@ def _write_and_verify(folder: Path, checkpoint: Path, source: Source, graph: Gra
         opset=written.opset,
         rounding=rounding,
         block_size=block_size,
+        kept_fp32=kept,
         checks=checks,
         notes=written.notes,
     )
@@ -140,7 +166,9 @@ def _quantization(graph: Graph) -> tuple[str | None, int | None]:
 
 
 def _is_export_of(export: Export, graph: Graph) -> bool:
-    return (export.precision, export.rounding, export.block_size) == (graph.precision, *_quantization(graph))
+    keeps = graph.grid is not None and graph.keep_fp32 != "none"
+    found = (export.precision, export.rounding, export.block_size, bool(export.kept_fp32))
+    return found == (graph.precision, *_quantization(graph), keeps)
 
 
 def _check_outputs(folder: Path, model: Path, reference: Reference, graph: Graph) -> tuple[OutputCheck, ...]:

@@ -23,6 +23,11 @@ class Grid:
         return -(2 ** (self.bits - 1)) + (self.block is None)
 
     @property
+    def stored_bytes(self) -> float:
+        """Bytes of a weight in the graph, with its part of the scale. Per channel the container is int8."""
+        return 1.0 if self.block is None else self.bits / 8 + 4 / self.block
+
+    @property
     def highest(self) -> int:
         return 2 ** (self.bits - 1) - 1
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..families import Decoder
 from . import deepsparse, onnxruntime
-from .decoder import Linears, Weights, write_decoder
+from .decoder import Linears, Weights, fp32_linears, keeping_fp32, write_decoder
 from .graph import GraphWriter
 from .plan import Graph
 from .rotary import tables_by_block
@@ -24,14 +24,20 @@ class Written:
 
 
 def write_graph(
-    folder: Path, graph: Graph, weights: Weights, decoder: Decoder, config: Any, advance: Callable[[], None]
+    folder: Path,
+    graph: Graph,
+    weights: Weights,
+    decoder: Decoder,
+    config: Any,
+    advance: Callable[[], None],
+    kept: Collection[str] = (),
 ) -> Written:
-    """Write `graph` below `folder`; `advance` is called after each decoder block.
+    """Write `graph` below `folder`; `advance` is called after each decoder block. Layers in `kept` are fp32.
 
     Peak memory is the largest tensor in fp32, once as read and once as stored.
     """
     tables = tables_by_block(config, decoder, decoder.max_positions)
-    linears, notes = _linears(graph)
+    linears, notes = _linears(graph, decoder.family.head)
     if graph.engine == "deepsparse":
         writer = GraphWriter(folder, opset=deepsparse.OPSET, ir_version=deepsparse.IR_VERSION)
         dynamic = graph.precision != "fp32"
@@ -43,15 +49,15 @@ def write_graph(
         target = onnxruntime.OnnxRuntimeTarget(decoder, tables)
     if decoder.max_positions < config.max_position_embeddings:
         notes += (f"positions end at {decoder.max_positions}, where longer texts would change all angles",)
-    write_decoder(writer, weights, decoder, target, linears, advance)
+    write_decoder(writer, weights, decoder, target, keeping_fp32(linears, kept), advance)
     model = writer.close(f"{decoder.family.name} decoder, {graph.label}")
     return Written(model, writer.weight_bytes, writer.opset, notes)
 
 
-def _linears(graph: Graph) -> tuple[Linears, tuple[str, ...]]:
+def _linears(graph: Graph, head: str) -> tuple[Linears, tuple[str, ...]]:
     grid = graph.grid
-    if grid is None:
-        return deepsparse.fp32_linears, ()
+    if grid is None or graph.head_grid is None:
+        return fp32_linears, ()
     rounded = "rounded by GPTQ" if graph.calibrated else "rounded to nearest"
     if graph.engine == "onnxruntime":
         scheme = f"weights: {grid.bits} bit, one scale per {grid.block} inputs, {rounded}"
@@ -60,5 +66,9 @@ def _linears(graph: Graph) -> tuple[Linears, tuple[str, ...]]:
         f"smoothed; weights: {grid.bits} bit, one scale per channel, {rounded}; "
         "activations: int8, one scale per token"
     )
-    slow = ("DeepSparse has no 4-bit kernel: this runs at int8 speed",) if grid.bits == 4 else ()
-    return deepsparse.Int8Linears(grid), (scheme, *slow)
+    slow = (
+        ("DeepSparse has no 4-bit kernel: this runs at int8 speed, and its head has 8 bits",)
+        if grid.bits == 4
+        else ()
+    )
+    return deepsparse.Int8Linears(grid, head, graph.head_grid), (scheme, *slow)
