@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from processes import DLP_DEPLOY, measured
 
 from dlp_deploy.evaluation import evaluate
 from dlp_deploy.progress import say
@@ -38,21 +36,10 @@ class Result:
     peak_rss_bytes: int
 
 
-def measured(command: list[str]) -> tuple[float, int]:
-    """Run a command; its wall time in seconds and its peak resident memory in bytes."""
-    start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)} ended with status {process.returncode}")
-    return time.perf_counter() - start, usage.ru_maxrss * 1024
-
-
 def run(options: argparse.Namespace, sparsity: float, method: str, allocation: str) -> Result:
     with tempfile.TemporaryDirectory() as folder:
         artifact = Path(folder) / "artifact"
-        command = [str(Path(sys.executable).with_name("dlp-deploy")), "prune", "--model", options.model]
+        command = [DLP_DEPLOY, "prune", "--model", options.model]
         command += ["--sparsity", str(sparsity), "--method", method, "--allocation", allocation]
         command += ["--calib", options.calib, "--nsamples", str(options.nsamples)]
         command += ["--seqlen", str(options.seqlen), "--output", str(artifact)]

@@ -1,0 +1,37 @@
+"""Run a command and see what it took."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+DLP_DEPLOY = str(Path(sys.executable).with_name("dlp-deploy"))
+POLL_SECONDS = 0.05
+
+
+def measured(command: Sequence[str]) -> tuple[float, int]:
+    """Wall time in seconds and peak resident memory in bytes of a command; ends the script if it fails.
+
+    The memory is the command's own, without that of engines that it runs in processes of their own.
+    """
+    start, peak = time.perf_counter(), 0
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None:
+            peak = max(peak, _peak_of(process.pid))
+            time.sleep(POLL_SECONDS)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} ended with status {process.returncode}")
+    return time.perf_counter() - start, peak
+
+
+def _peak_of(pid: int) -> int:
+    """The kernel's own high-water mark; 0 for a process that is ending."""
+    with suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return 0
