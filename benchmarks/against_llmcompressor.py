@@ -1,6 +1,6 @@
 """Time and memory of pruning, against llm-compressor's oneshot with the same modifier and the same tokens.
 
-    python benchmarks/against_llmcompressor.py [--method wanda] [--sparsity 0.5] [--nsamples 32] [--seqlen 512]
+    python benchmarks/against_llmcompressor.py [--method wanda] [--sparsity 0.5] [--nsamples 32]
 
 Both are measured as processes, from a checkpoint on disk to a pruned one. They take turns, and each line is
 a round. Installs llm-compressor in an environment of its own when it is missing.
