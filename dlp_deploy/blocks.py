@@ -20,8 +20,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from .checkpoint import Checkpoint, open_checkpoint
-from .errors import UserError
-from .families import Decoder, decoder_of
+from .errors import UserError, first_line
+from .families import Decoder, Family, decoder_of
 from .hidden import HiddenStates, window_batches
 from .models import ModelFiles, load_config
 
@@ -53,8 +53,9 @@ class BlockModel:
         self.device = torch.device(device)
         self._model = model_without_weights(self.config, self.decoder)
         self._shapes = {name: tuple(p.shape) for name, p in self._model.named_parameters()}
-        check_fits(self._shapes, checkpoint)
         family = self.decoder.family
+        check_fits(self._shapes, checkpoint)
+        _refuse_strays(self._shapes, checkpoint, family)
         self._blocks: nn.ModuleList = self._model.get_submodule(family.blocks)  # type: ignore[assignment]
         self._base = self._model.get_submodule(family.blocks.rpartition(".")[0])
         self._load_outside()
@@ -107,6 +108,11 @@ class BlockModel:
         """What enters the first block, float32 [some windows, length, hidden], for ids [windows, length]."""
         family = self.decoder.family
         used, compact = ids.unique(return_inverse=True)
+        if used[-1] >= self.decoder.vocabulary:
+            raise UserError(
+                f"{self.checkpoint.location}: token {int(used[-1])} of its tokenizer is beyond the "
+                f"vocabulary of {self.decoder.vocabulary}; the tokenizer is of another model"
+            )
         rows = self.checkpoint.tensor(f"{family.embedding}.weight")[used].to(self.device, torch.float32)
         for windows in window_batches(*ids.shape):
             yield windows, self._first_hidden(compact[windows], rows)
@@ -204,7 +210,12 @@ def model_without_weights(config: Any, decoder: Decoder) -> nn.Module:
     # The faster one leaves out the cap of attention scores without a word.
     attention = "sdpa" if decoder.attention_cap is None else "eager"
     with _parameters_on_meta():
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+        try:
+            model = AutoModelForCausalLM.from_config(
+                config, attn_implementation=attention, dtype=torch.float32
+            )
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"config.json describes no model: {first_line(error)}") from None
     return model.eval()
 
 
@@ -241,6 +252,15 @@ def check_fits(shapes: Mapping[str, tuple[int, ...]], checkpoint: Checkpoint) ->
                 f"{checkpoint.file(name)}: tensor {name} is {list(checkpoint.shape(name))}, "
                 f"but config.json says {list(shape)}"
             )
+
+
+def _refuse_strays(shapes: Mapping[str, tuple[int, ...]], checkpoint: Checkpoint, family: Family) -> None:
+    """Raise UserError for a weight of the blocks that the model has no place for."""
+    for name in checkpoint.names():
+        # Other names are of buffers that old releases of transformers stored.
+        stray = name.startswith(f"{family.blocks}.") and name.endswith((".weight", ".bias"))
+        if stray and name not in shapes:
+            raise UserError(f"{checkpoint.file(name)}: config.json has no place for tensor {name}")
 
 
 def logits_of(

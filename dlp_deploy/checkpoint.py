@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle
 import struct
 from collections.abc import Callable, Iterator, Mapping
@@ -160,7 +161,7 @@ def _folder(folder: Path) -> Iterator[tuple[str, StoredTensor]]:
 def _sharded(index: Path) -> Iterator[tuple[str, StoredTensor]]:
     try:
         shard_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        shards = sorted(set(shard_of.values()))
+        shards = sorted({os.fspath(shard) for shard in shard_of.values()})
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{index} is no index of shards; download it again") from None
     for shard in shards:

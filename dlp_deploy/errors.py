@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import textwrap
+
+LONGEST_QUOTE = 240
+
 
 class UserError(Exception):
     """What the user asked for cannot be done as asked.
@@ -12,5 +16,6 @@ class UserError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of another library's message, to be quoted inside a one-line message of ours."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """The first line of another library's message, cut short, to be quoted in a one-line message of ours."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return textwrap.shorten(line, LONGEST_QUOTE, placeholder=" ...")

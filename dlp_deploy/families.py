@@ -134,6 +134,10 @@ FAMILIES = (
 )
 
 
+# What config.json must say for every family.
+SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
+
+
 def family_of(config: Any) -> Family:
     """The family of a transformers config. Raises UserError for one that is not described here."""
     names = tuple(getattr(config, "architectures", None) or ())
@@ -202,10 +206,11 @@ def decoder_of(config: Any) -> Decoder:
     for arithmetic that is not described here.
     """
     family = family_of(config)
+    _require_sizes(config, family)
     _require_described(config, family)
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    if heads % kv_heads:
+    if not isinstance(kv_heads, int) or heads % kv_heads:
         raise UserError(f"config.json: {heads} attention heads cannot share {kv_heads} key-value heads")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     return Decoder(
@@ -258,6 +263,13 @@ def _windows(config: Any) -> tuple[int | None, ...]:
         window = None
     kinds = getattr(config, "layer_types", None) or ("sliding_attention",) * config.num_hidden_layers
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def _require_sizes(config: Any, family: Family) -> None:
+    for key in (*SIZES, family.intermediate_key):
+        value = getattr(config, key, None)
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f"config.json: {key} is {value!r}, but must be a positive number")
 
 
 def _require_described(config: Any, family: Family) -> None:

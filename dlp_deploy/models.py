@@ -159,7 +159,7 @@ def load_config(files: ModelFiles) -> Any:
         return AutoConfig.for_model(values.pop("model_type"), **values)
     try:
         config = AutoConfig.from_pretrained(files.folder)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{files.folder / 'config.json'}: {first_line(error)}") from None
     family_of(config)
     if getattr(config, "quantization_config", None):

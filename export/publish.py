@@ -19,7 +19,7 @@ from ..checkpoint import Checkpoint, open_checkpoint
 from ..families import Decoder, decoder_of
 from ..models import ModelFiles, load_config
 from ..progress import progress, say
-from ..storage import partial_folder, write_text
+from ..storage import naming_full_disk, partial_folder, write_text
 from .calibrated import CalibratedWeights, quantization_text
 from .companions import write_companions
 from .decoder import Weights
@@ -119,7 +119,8 @@ def _export_one(artifact: Path, source: Source, graph: Graph) -> Export:
     folder = partial_folder(final)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    export = _write_and_verify(folder, artifact / CHECKPOINT, source, graph)
+    with naming_full_disk(folder):
+        export = _write_and_verify(folder, artifact / CHECKPOINT, source, graph)
     write_text(folder / RECORD, export.model_dump_json(indent=2) + "\n")
     if final.exists():
         shutil.rmtree(final)
