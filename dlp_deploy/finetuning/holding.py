@@ -53,7 +53,7 @@ def mask_gradients(model: nn.Module) -> None:
 def _masking(layer: nn.Linear) -> Any:
     def mask(weight: torch.Tensor) -> None:
         assert weight.grad is not None
-        weight.grad.mul_(layer.keep)
+        weight.grad.mul_(layer.get_buffer(KEEP))
 
     return mask
 
@@ -64,4 +64,4 @@ class HoldMasks(TrainerCallback):
     @torch.no_grad()
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for layer in masked_layers(kwargs["model"]):
-            layer.weight.mul_(layer.keep)
+            layer.weight.mul_(layer.get_buffer(KEEP))

@@ -68,7 +68,7 @@ def with_adapters(model: Any, family: Family, rank: int, config_folder: Path) ->
         task_type="CAUSAL_LM",
     )
     config._register_custom_module({nn.Linear: MaskedLinear})
-    return get_peft_model(model, config)  # type: ignore[return-value]
+    return get_peft_model(model, config)
 
 
 def _norms(model: nn.Module, family: Family) -> set[str]:

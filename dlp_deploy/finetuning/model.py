@@ -6,25 +6,25 @@ from typing import Any
 
 import torch
 
-from ..blocks import check_fits, model_without_weights
-from ..checkpoint import Checkpoint, open_checkpoint
+from ..blocks import BlockModel, model_without_weights
+from ..checkpoint import open_checkpoint
 from ..errors import UserError
-from ..families import Decoder, decoder_of
-from ..models import ModelFiles, load_config, load_tokenizer
+from ..families import Decoder
+from ..models import ModelFiles, load_tokenizer
 
 
-def load_model(checkpoint: Checkpoint, config: Any, linears: torch.dtype | None) -> Any:
+def load_model(files: ModelFiles, linears: torch.dtype | None) -> Any:
     """The model with all its weights: float32, but the block linears in the dtype `linears`.
 
     None leaves these in their stored dtype. Nothing requires gradients. Raises UserError when config and
     checkpoint disagree.
     """
-    decoder = decoder_of(config)
-    model: Any = model_without_weights(config, decoder)
-    check_fits({name: tuple(p.shape) for name, p in model.named_parameters()}, checkpoint)
-    state = {name: checkpoint.tensor(name) for name, _ in model.named_parameters()}
+    checkpoint = open_checkpoint(files)
+    described = BlockModel(files, checkpoint)
+    model: Any = model_without_weights(described.config, described.decoder)
+    state = {name: checkpoint.tensor(name) for name in described.names()}
     for name, tensor in state.items():
-        if not is_block_linear(name, decoder):
+        if not is_block_linear(name, described.decoder):
             state[name] = tensor.float()
         elif linears is not None:
             state[name] = tensor.to(linears)
@@ -48,4 +48,4 @@ def load_teacher(files: ModelFiles, tokenizer: Any, dtype: torch.dtype) -> Any:
         raise UserError(
             f"--teacher {files.location} has another vocabulary; give the dense model that was pruned"
         )
-    return load_model(open_checkpoint(files), load_config(files), dtype)
+    return load_model(files, dtype)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -23,7 +25,7 @@ from ..calibration import TokenWindows
 from ..errors import UserError
 from ..evaluation import torch_nll
 from ..journal import EVALUATED, TRAINED, Journal
-from ..models import ModelFiles, load_config, load_tokenizer, resolve_model
+from ..models import ModelFiles, load_tokenizer, resolve_model
 from ..progress import progress, say
 from ..pruning import ARTIFACTS, calibration_record, chosen_device
 from ..storage import refuse_existing, sha256_file
@@ -51,11 +53,23 @@ def run(options: Options, output: Path | None, resume: bool, force: bool) -> Pat
     final = output or _default_output(options.model)
     refuse_existing(final, force)
     device = chosen_device(options.device)
-    transformers_logging.set_verbosity_error()
-    with unfinished_run(final, options.settings(), resume, force) as folder:
+    with _quiet(), unfinished_run(final, options.settings(), resume, force) as folder:
         if not (folder / MANIFEST).is_file():
             _Run(options, folder, device).execute()
     return final
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from saying what is no news here: tied embeddings, how old states are told apart."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="mtime may not be reliable")
+        try:
+            yield
+        finally:
+            transformers_logging.set_verbosity(before)
 
 
 def _default_output(model: str) -> Path:
@@ -184,9 +198,7 @@ class _Run:
     def _model(self, pruned: PrunedModel) -> tuple[Any, int]:
         """The model, ready to be trained under its masks, and how many of its parameters are."""
         rank = self.options.lora_rank
-        model = load_model(
-            pruned.checkpoint, load_config(pruned.files), torch.float32 if rank is None else None
-        )
+        model = load_model(pruned.files, torch.float32 if rank is None else None)
         attach_masks(model, pruned.masks)
         if rank is None:
             train_blocks(model, pruned.decoder.family)
@@ -245,8 +257,8 @@ class _Run:
             held_out=_held_out(text.held_out, before, after),
             lora_rank=options.lora_rank,
             teacher=options.teacher,
-            temperature=distillation and distillation.temperature,
-            distill_weight=distillation and distillation.weight,
+            temperature=None if distillation is None else distillation.temperature,
+            distill_weight=None if distillation is None else distillation.weight,
             learning_rate=options.rate,
             windows_per_step=options.batch_size * options.accumulate,
             steps=trained.steps[-1].step,

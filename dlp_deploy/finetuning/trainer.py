@@ -32,6 +32,8 @@ class MaskedTrainer(Trainer):
     steps are done or the clock's time is up, whichever is nearer.
     """
 
+    lr_scheduler: Any
+
     def __init__(
         self,
         model: Any,
