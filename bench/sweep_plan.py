@@ -15,12 +15,16 @@ from ..families import decoder_of
 from .engines import engine_named
 from .environments import interpreter
 from .machine import available_memory, choose_cores, require_avx2
-from .measure import Workload, check_lengths, fits_together
+from .measure import WORKER_BYTES, Workload, check_lengths
 from .random_model import RandomModel, graph_bytes
 from .shapes import shape_config
 
-# A model that memory does not hold is measured with this many blocks and half as many.
-LIMITED_BLOCKS = 4
+# A model that memory does not hold is measured with as many of these as it does, and half as many: the more
+# blocks, the less is noise multiplied.
+LIMITED_BLOCKS = (16, 8, 4, 2)
+# Most that an engine held of a graph when it was loaded alone: DeepSparse, which keeps the weights once for
+# prompts and once for single tokens (SmolLM2-135M in int8: 2.5).
+LOADED_BYTES_PER_BYTE = 2.6
 
 
 @dataclass(frozen=True)
@@ -100,11 +104,16 @@ class SweepPlan:
     def _planned(
         self, name: str, engine: EngineName, precision: Precision, sparsity: float, dense: bool
     ) -> PlannedModel:
-        counts = block_counts(self.blocks, self.total, self._fits(engine, precision))
-        return PlannedModel(name, engine, precision, sparsity, dense, counts)
+        limit = self.blocks or self._most_blocks(engine, precision)
+        return PlannedModel(name, engine, precision, sparsity, dense, block_counts(limit, self.total))
 
-    def _fits(self, engine: EngineName, precision: Precision) -> bool:
-        return fits_together([self._bytes(self.total, engine, precision)], self.memory)
+    def _most_blocks(self, engine: EngineName, precision: Precision) -> int:
+        """All blocks where memory holds them, or else the most of LIMITED_BLOCKS that it does."""
+        for count in (self.total, *LIMITED_BLOCKS):
+            loaded = LOADED_BYTES_PER_BYTE * self._bytes(count, engine, precision) + WORKER_BYTES
+            if loaded <= 0.9 * self.memory:
+                return count
+        return LIMITED_BLOCKS[-1]
 
     def _bytes(self, count: int, engine: EngineName, precision: Precision) -> int:
         return graph_bytes(shape_config(self.shape, count), engine, precision, self.block_size)
@@ -123,12 +132,9 @@ def point_name(engine: str, quant: str, sparsity: float) -> str:
     return f"{engine}-{quant}-s{100 * sparsity:g}"
 
 
-def block_counts(limit: int | None, total: int, fits: bool) -> tuple[int, ...]:
+def block_counts(limit: int | None, total: int) -> tuple[int, ...]:
     """How many of `total` decoder blocks to measure: all of them, or two counts to extrapolate from."""
-    if (limit is None and fits) or (limit is not None and limit >= total):
-        return (total,)
-    most = min(limit or LIMITED_BLOCKS, total)
-    return (most // 2, most)
+    return (total,) if limit is None or limit >= total else (limit // 2, limit)
 
 
 def parse_sparsities(text: str) -> tuple[float, ...]:

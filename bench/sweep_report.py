@@ -76,7 +76,8 @@ def speedup_figure(points: Sequence[Point]) -> Figure:
         axes.grid(color="#d9dee3", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_ylim(bottom=0)
-        axes.legend(fontsize=8, frameon=False)
+        axes.set_xlim(-3, 100)
+        axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(0, -0.12), ncols=2)
     figure.suptitle(_title(points[0]), fontsize=11, color=INK, x=0.01, ha="left")
     return figure
 

@@ -24,7 +24,7 @@ from dlp_deploy.bench.points import Point, read_points
 from dlp_deploy.bench.random_model import RandomModel, graph_bytes, parameter_shapes
 from dlp_deploy.bench.shapes import SHAPES, shape_config
 from dlp_deploy.bench.sweep import sweep
-from dlp_deploy.bench.sweep_plan import block_counts
+from dlp_deploy.bench.sweep_plan import SweepPlan, block_counts, random_workload
 from dlp_deploy.checkpoint import open_checkpoint
 from dlp_deploy.errors import UserError
 from dlp_deploy.export.verify import compare_logits, graph_logits
@@ -240,10 +240,21 @@ def test_times_are_carried_on_along_a_line() -> None:
     assert extrapolate(runs[2], broken, "whole", 32, facts).reason == "it died"
 
 
-@given(st.integers(2, 100), st.integers(2, 100), st.booleans())
+@given(st.integers(2, 100), st.integers(2, 100))
 @settings(max_examples=50, deadline=None)
-def test_a_limited_model_is_measured_at_two_sizes(limit: int, total: int, fits: bool) -> None:
-    counts = block_counts(limit, total, fits)
-    assert counts == (total,) if limit >= total else counts == (limit // 2, limit)
-    assert block_counts(None, total, True) == (total,)
-    assert block_counts(None, total, False)[0] < block_counts(None, total, False)[1] <= total
+def test_a_limited_model_is_measured_at_two_sizes(limit: int, total: int) -> None:
+    counts = block_counts(limit, total)
+    assert counts == ((total,) if limit >= total else (limit // 2, limit))
+    assert 0 < counts[0] <= counts[-1] <= total
+    assert block_counts(None, total) == (total,)
+
+
+def test_what_memory_does_not_hold_is_planned_with_fewer_blocks() -> None:
+    workload = random_workload("llama2-7b", 1, 64, 32, 512, 5, 0)
+    plan = SweepPlan(
+        "llama2-7b", (0.7,), ("int8",), "onnxruntime", ("fp32", "int4"), None, 128, 0, workload, 24 << 30
+    )
+    assert [model.counts for model in plan.baseline_models()] == [(4, 8), (32,)]
+    assert plan.sparse_model("int8", 0.7).counts == (32,)
+    # The figures of the whole models, to the gigabyte: 8 + 4 blocks in fp32, all in int4 and in int8.
+    assert plan.disk_bytes() == pytest.approx((13 + 4 + 7) * 1e9, rel=0.1)
