@@ -99,7 +99,7 @@ def test_full_disk_ends_an_export_and_leaves_the_artifact_whole(
     artifact = pruned(tiny_checkpoint("llama"), tmp_path / "pruned")
     manifest = (artifact / "manifest.json").read_bytes()
     options = {"quant": "fp32", "target": "onnxruntime", "baseline": "none"}
-    with file_size_limit(300_000), pytest.raises(UserError, match="no room to write .*onnxruntime"):
+    with file_size_limit(300_000), pytest.raises(UserError, match=r"no room to write .*onnxruntime"):
         export(artifact, **options)  # type: ignore[arg-type]
     assert (artifact / "manifest.json").read_bytes() == manifest
     assert not (artifact / "onnxruntime").exists()
