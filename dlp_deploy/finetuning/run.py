@@ -44,7 +44,7 @@ SUFFIX = "-tuned"
 LOSS_LOG, LOSS_CURVE = "finetuning.json", "finetuning.png"
 # What is held back of a time limit, relative to the time before training: the end repeats the beginning
 # (checking the masks, evaluating) and writes the model besides.
-RESERVE = 1.5
+RESERVE = 1.25
 
 
 def run(options: Options, output: Path | None, resume: bool, force: bool) -> Path:
