@@ -55,11 +55,13 @@ def is_decoder(engine: Engine) -> bool:
 
 def _engines(manifest: Manifest, names: str) -> list[Engine]:
     if names == "all":
-        exported = {export.engine for export in manifest.exports if not export.dense} | {"torch"}
+        exported = {export.engine for export in manifest.exports if not export.dense}
         return [
             status.engine
             for status in list_engines()
-            if is_decoder(status.engine) and status.python and status.engine.name in exported
+            if is_decoder(status.engine)
+            and status.python
+            and (status.engine.reads == CHECKPOINT or status.engine.name in exported)
         ]
     chosen = [engine_named(name.strip()) for name in names.split(",") if name.strip()]
     for engine in chosen:
