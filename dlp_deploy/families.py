@@ -183,11 +183,16 @@ class Decoder:
         """Query heads that share one key-value head."""
         return self.heads // self.kv_heads
 
-    def linear_layers(self) -> list[str]:
-        """Names of all linear layers, in the model's order: those of the blocks, then the head."""
+    def linear_groups(self) -> list[tuple[str, ...]]:
+        """Names of all linear layers in order, the head last; those that share an input are together."""
         family = self.family
-        blocks = [f"{family.block(i)}.{layer}" for i in range(self.blocks) for layer in family.linears]
-        return [*blocks, family.head]
+        groups = (family.attention[:-1], family.attention[-1:], family.mlp[:-1], family.mlp[-1:])
+        blocks = [
+            tuple(f"{family.block(index)}.{layer}" for layer in group)
+            for index in range(self.blocks)
+            for group in groups
+        ]
+        return [*blocks, (family.head,)]
 
     @property
     def mlp_is_linear_in_up(self) -> bool:

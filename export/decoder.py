@@ -57,11 +57,10 @@ class Weights:
 
 
 class Linears(Protocol):
-    """Writes linear layers that share the input `x`; returns their outputs in the order of `layers`."""
+    """Writes linear layers that share the input `x` as one product; returns the edge of their outputs, one
+    behind the other."""
 
-    def __call__(
-        self, graph: GraphWriter, weights: Weights, x: str, layers: Sequence[str]
-    ) -> tuple[str, ...]: ...
+    def __call__(self, graph: GraphWriter, weights: Weights, x: str, layers: Sequence[str]) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,12 @@ class Norm:
 
 
 class Target(Protocol):
-    """How one engine wants the parts of a decoder written."""
+    """How one engine wants the parts of a decoder written.
+
+    `joins_linears` says that one product and slices of it are faster than a product for each layer.
+    """
+
+    joins_linears: bool
 
     def begin(self, graph: GraphWriter) -> str:
         """Declare inputs and shared tensors; return the edge of the token ids."""
@@ -119,7 +123,7 @@ def write_decoder(
         stream, branch = walk.block(index, stream, branch)
         advance()
     normed, _ = target.norm(graph, stream, branch, walk.norm(decoder.family.final_norm, "final_norm"))
-    (logits,) = linears(graph, weights, normed, (decoder.family.head,))
+    logits = linears(graph, weights, normed, (decoder.family.head,))
     if decoder.logit_cap is not None:
         logits = soft_cap(graph, logits, decoder.logit_cap, "logits.capped")
     graph.node("Identity", logits, name="logits")
@@ -182,7 +186,7 @@ class _Walk:
             of_query, of_key = (self.norm(f"{name}.{part}") for part in decoder.family.query_key_norms)
             head_norms = of_query.weight, of_key.weight
         attended = self.target.attention(self.graph, index, query, key, value, head_norms)
-        return self.linears(self.graph, self.weights, attended, (output,))[0]
+        return self.linears(self.graph, self.weights, attended, (output,))
 
     def _mlp(self, block: str, normed: str) -> str:
         decoder = self.decoder
@@ -192,19 +196,18 @@ class _Walk:
             gate = activate(self.graph, gate, decoder.activation)
             inner = self.graph.node("Mul", gate, up, name=f"{block}.mlp.product")
         else:
-            (up,) = self.linears(self.graph, self.weights, normed, inputs)
+            up = self.linears(self.graph, self.weights, normed, inputs)
             inner = activate(self.graph, up, decoder.activation)
-        return self.linears(self.graph, self.weights, inner, (output,))[0]
+        return self.linears(self.graph, self.weights, inner, (output,))
 
     def _outputs(self, x: str, layers: Sequence[str], widths: Sequence[int]) -> tuple[str, ...]:
         """The outputs of these `widths`, be it of as many layers or of one that has them all."""
-        outputs = self.linears(self.graph, self.weights, x, layers)
-        if len(outputs) == len(widths):
-            return outputs
-        (fused,) = outputs
+        if len(layers) == len(widths) and not self.target.joins_linears:
+            return tuple(self.linears(self.graph, self.weights, x, (layer,)) for layer in layers)
+        joined = self.linears(self.graph, self.weights, x, layers)
         ends = np.cumsum(widths).tolist()
         return tuple(
-            self.graph.slice(fused, end - width, end, axis=2, name=f"{fused}.{part}")
+            self.graph.slice(joined, end - width, end, axis=2, name=f"{joined}.{part}")
             for part, (width, end) in enumerate(zip(widths, ends, strict=True))
         )
 
@@ -229,31 +232,51 @@ def rms_norm(graph: GraphWriter, x: str, weight: str, epsilon: float, name: str)
     return graph.node("Mul", graph.node("Div", x, root, name=f"{name}.unit"), weight, name=name)
 
 
-def fp32_linears(graph: GraphWriter, weights: Weights, x: str, layers: Sequence[str]) -> tuple[str, ...]:
-    """Plain matrix products; the weight is stored [in, out], as MatMul wants it."""
-    outputs = []
-    for layer in layers:
-        weight = graph.weight(f"{layer}.weight", weights.linear(layer).T)
-        outputs.append(add_bias(graph, weights, graph.node("MatMul", x, weight, name=layer), layer))
-    return tuple(outputs)
+def fp32_linears(graph: GraphWriter, weights: Weights, x: str, layers: Sequence[str]) -> str:
+    """A plain matrix product; the weight is stored [in, out], as MatMul wants it."""
+    name = joint_name(layers)
+    stacked = np.concatenate([weights.linear(layer) for layer in layers])
+    product = graph.node("MatMul", x, graph.weight(f"{name}.weight", stacked.T), name=name)
+    return add_biases(graph, weights, product, layers)
 
 
 def keeping_fp32(linears: Linears, kept: Collection[str]) -> Linears:
-    """`linears`, but the layers in `kept` as plain matrix products."""
+    """`linears`, but the layers in `kept` as plain matrix products. Those that share an input must agree."""
 
-    def write(graph: GraphWriter, weights: Weights, x: str, layers: Sequence[str]) -> tuple[str, ...]:
-        plain = [layer for layer in layers if layer in kept]
-        others = [layer for layer in layers if layer not in kept]
-        outputs = dict(zip(plain, fp32_linears(graph, weights, x, plain), strict=True))
-        if others:
-            outputs |= zip(others, linears(graph, weights, x, others), strict=True)
-        return tuple(outputs[layer] for layer in layers)
+    def write(graph: GraphWriter, weights: Weights, x: str, layers: Sequence[str]) -> str:
+        return (fp32_linears if layers[0] in kept else linears)(graph, weights, x, layers)
 
-    return write if kept else linears
+    return write
 
 
-def add_bias(graph: GraphWriter, weights: Weights, x: str, layer: str) -> str:
-    bias = weights.bias(layer)
-    if bias is None:
+def joint_name(layers: Sequence[str]) -> str:
+    """The name of layers that are written as one; `layers_of` takes it apart."""
+    return "+".join(layers)
+
+
+def layers_of(name: str) -> list[str]:
+    return name.split("+")
+
+
+def joint_quantized(weights: Weights, layers: Sequence[str], grid: Grid) -> Quantized:
+    """The weights of layers on a grid, one behind the other; each output channel has its own scales."""
+    parts = [weights.quantized(layer, grid) for layer in layers]
+    levels, scale = (
+        np.concatenate(arrays) for arrays in zip(*((p.levels, p.scale) for p in parts), strict=True)
+    )
+    return Quantized(levels, scale, grid)
+
+
+def add_biases(graph: GraphWriter, weights: Weights, x: str, layers: Sequence[str]) -> str:
+    """Add the biases of the layers that have one."""
+    biases = [weights.bias(layer) for layer in layers]
+    if all(bias is None for bias in biases):
         return x
-    return graph.node("Add", x, graph.weight(f"{layer}.bias", bias), name=f"{layer}.biased")
+    rows = (
+        np.zeros(len(weights.linear(layer)), np.float32) if bias is None else bias
+        for layer, bias in zip(layers, biases, strict=True)
+    )
+    name = joint_name(layers)
+    return graph.node(
+        "Add", x, graph.weight(f"{name}.bias", np.concatenate(list(rows))), name=f"{name}.biased"
+    )

@@ -14,7 +14,7 @@ from onnx import TensorProto
 
 from ..families import Decoder
 from .activation import soft_cap
-from .decoder import Norm, Weights, add_bias, rms_norm, write_norm
+from .decoder import Norm, Weights, add_biases, joint_name, joint_quantized, rms_norm, write_norm
 from .graph import GraphWriter
 from .quantize import Grid
 from .rotary import Tables, gather_rows, rotate
@@ -38,6 +38,9 @@ class DeepSparseTarget:
     `detach_output` puts a Slice and Concat behind the attention. Its output may then have several
     readers, as a dynamic scale needs; without it the compiler aborts (greedy_assign_layouts.cpp).
     """
+
+    # The engine spends more on the many small operators of a decoded token than on slicing a wide one.
+    joins_linears = True
 
     def __init__(self, decoder: Decoder, tables: Sequence[Tables | None], detach_output: bool) -> None:
         self.decoder = decoder
@@ -194,25 +197,18 @@ class Int8Linears:
     def __init__(self, grid: Grid, head: str, head_grid: Grid) -> None:
         self.grid, self.head, self.head_grid = grid, head, head_grid
 
-    def __call__(
-        self, graph: GraphWriter, weights: Weights, x: str, layers: Sequence[str]
-    ) -> tuple[str, ...]:
-        quantized, scale = _quantize_per_token(graph, x, f"{layers[0]}.input")
-        return tuple(self._product(graph, weights, quantized, scale, layer) for layer in layers)
-
-    def _product(
-        self, graph: GraphWriter, weights: Weights, quantized: str, token_scale: str, layer: str
-    ) -> str:
-        stored = weights.quantized(layer, self.head_grid if layer == self.head else self.grid)
-        values = graph.weight(f"{layer}.weight", stored.levels.T)
+    def __call__(self, graph: GraphWriter, weights: Weights, x: str, layers: Sequence[str]) -> str:
+        name = joint_name(layers)
+        quantized, token_scale = _quantize_per_token(graph, x, f"{name}.input")
+        stored = joint_quantized(weights, layers, self.head_grid if name == self.head else self.grid)
+        values = graph.weight(f"{name}.weight", stored.levels.T)
         zero_points = graph.constant(_ZERO_POINT), graph.constant(_NO_OFFSET)
-        product = graph.node("MatMulInteger", quantized, values, *zero_points, name=f"{layer}.integer")
-        product = graph.node("Cast", product, name=f"{layer}.float", to=TensorProto.FLOAT)
-        product = graph.node(
-            "Mul", product, graph.weight(f"{layer}.scale", stored.scale[:, 0]), name=f"{layer}.channels"
-        )
-        output = graph.node("Mul", product, token_scale, name=layer)
-        return add_bias(graph, weights, output, layer)
+        product = graph.node("MatMulInteger", quantized, values, *zero_points, name=f"{name}.integer")
+        product = graph.node("Cast", product, name=f"{name}.float", to=TensorProto.FLOAT)
+        channels = graph.weight(f"{name}.scale", stored.scale[:, 0])
+        product = graph.node("Mul", product, channels, name=f"{name}.channels")
+        product = graph.node("Mul", product, token_scale, name=name)
+        return add_biases(graph, weights, product, layers)
 
 
 _ZERO_POINT = np.array(128, dtype=np.uint8)

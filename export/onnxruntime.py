@@ -15,7 +15,7 @@ from onnx import TensorProto
 
 from ..errors import UserError
 from ..families import Decoder
-from .decoder import Norm, Weights, add_bias, rms_norm, write_norm
+from .decoder import Norm, Weights, add_biases, joint_name, joint_quantized, rms_norm, write_norm
 from .graph import GraphWriter
 from .quantize import Grid, pack_blocks
 from .rotary import Tables, gather_rows, rotate
@@ -33,6 +33,8 @@ class OnnxRuntimeTarget:
     GroupQueryAttention rotates only multiples of 16 channels of heads of a multiple of 16; for others
     the rotation is written in front of it.
     """
+
+    joins_linears = False
 
     def __init__(self, decoder: Decoder, tables: Sequence[Tables | None]) -> None:
         if decoder.head_dim % 8:
@@ -156,22 +158,15 @@ class BlockLinears:
     def __init__(self, grid: Grid) -> None:
         self.grid = grid
 
-    def __call__(
-        self, graph: GraphWriter, weights: Weights, x: str, layers: Sequence[str]
-    ) -> tuple[str, ...]:
-        return tuple(
-            add_bias(graph, weights, self._product(graph, weights, x, layer), layer) for layer in layers
-        )
-
-    def _product(self, graph: GraphWriter, weights: Weights, x: str, layer: str) -> str:
-        stored = weights.quantized(layer, self.grid)
+    def __call__(self, graph: GraphWriter, weights: Weights, x: str, layers: Sequence[str]) -> str:
+        name, stored = joint_name(layers), joint_quantized(weights, layers, self.grid)
         out, inputs = stored.levels.shape
-        return graph.node(
+        product = graph.node(
             "MatMulNBits",
             x,
-            graph.weight(f"{layer}.weight", pack_blocks(stored)),
-            graph.weight(f"{layer}.scale", stored.scale),
-            name=layer,
+            graph.weight(f"{name}.weight", pack_blocks(stored)),
+            graph.weight(f"{name}.scale", stored.scale),
+            name=name,
             domain=MICROSOFT,
             K=inputs,
             N=out,
@@ -179,3 +174,4 @@ class BlockLinears:
             block_size=self.grid.block,
             accuracy_level=INT8_ACCURACY,
         )
+        return add_biases(graph, weights, product, layers)

@@ -73,7 +73,7 @@ class Source:
         if graph.keep_fp32 == "none" or graph.grid is None:
             return ()
         if graph.keep_fp32 != "auto":
-            return named_layers(graph.keep_fp32, self.decoder.linear_layers())
+            return named_layers(graph.keep_fp32, self.decoder.linear_groups())
         checkpoint = self.checkpoint(graph)
         costs = measure_costs(self.files, checkpoint, self.text, graph.grid, graph.token_scales)
         return choose_kept(costs, graph.grid)

@@ -1,12 +1,13 @@
 """Which linear layers lose most by quantization, so that a few of them can stay in fp32.
 
-Every layer of a block is rounded alone, and the block is run: what counts is how far the residual stream
-moves, as a share of its size. The head is measured by its logits. No gradients, one block in memory.
+The layers of a block that share an input are rounded alone, and the block is run: what counts is how far
+the residual stream moves, as a share of its size. The head is measured by its logits. No gradients, one
+block in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -15,7 +16,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from ..blocks import Block, BlockModel
+from ..blocks import BlockModel
 from ..checkpoint import Checkpoint
 from ..errors import UserError
 from ..hidden import HiddenStates
@@ -34,10 +35,10 @@ FP32_BYTES = 4
 
 @dataclass(frozen=True)
 class Cost:
-    """What rounding a `layer` of so many weights does: `error` is the mean squared change of the residual
+    """What rounding `layers`, of so many weights, does: `error` is the mean squared change of the residual
     stream (of the logits, for the head) over its mean square."""
 
-    layer: str
+    layers: tuple[str, ...]
     error: float
     weights: int
 
@@ -45,7 +46,7 @@ class Cost:
 def measure_costs(
     files: ModelFiles, checkpoint: Checkpoint, ids: torch.Tensor, grid: Grid, token_scales: bool
 ) -> list[Cost]:
-    """The cost of rounding each linear layer alone, in the model's order.
+    """The cost of rounding each group of linear layers with one input alone, in the model's order.
 
     `ids` int64 [windows, length]; `token_scales` rounds a layer's inputs too, to int8 per token.
     """
@@ -58,13 +59,15 @@ def measure_costs(
             hidden.write(windows, states)
         for index in range(decoder.blocks):
             block = model.block(index, model.read_block(index), ids.shape[1])
-            prefix = decoder.family.block(index)
+            prefix = decoder.family.block(index) + "."
+            groups = [group for group in decoder.linear_groups() if group[0].startswith(prefix)]
             states = hidden.read(slice(0, len(ids))).to(model.device)
             exact = block.run(states)
-            for name, linear in block.linears.items():
-                with _rounded_alone(block, name, grid, token_scales):
+            for group in groups:
+                linears = {name: block.linears[name.removeprefix(prefix)] for name in group}
+                with _rounded_alone(linears, grid, token_scales):
                     error = _relative(block.run(states), exact)
-                costs.append(Cost(f"{prefix}.{name}", error, linear.weight.numel()))
+                costs.append(Cost(group, error, sum(linear.weight.numel() for linear in linears.values())))
             hidden.write(slice(0, len(ids)), exact)
             advance()
         costs.append(_cost_of_head(model, hidden, grid, token_scales))
@@ -74,39 +77,42 @@ def measure_costs(
 def choose_kept(costs: Sequence[Cost], grid: Grid, share: float = SHARE) -> tuple[str, ...]:
     """Layers to keep in fp32: those that lose most for their size, while the weights grow by `share`."""
     left = share * sum(cost.weights for cost in costs) * grid.stored_bytes
-    kept = []
+    kept: list[str] = []
     for cost in sorted(costs, key=lambda cost: cost.error / cost.weights, reverse=True):
         extra = cost.weights * (FP32_BYTES - grid.stored_bytes)
         if extra <= left:
-            kept.append(cost.layer)
+            kept += cost.layers
             left -= extra
     return tuple(sorted(kept))
 
 
-def named_layers(patterns: str, layers: Iterable[str]) -> tuple[str, ...]:
+def named_layers(patterns: str, groups: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
     """The layers that match one of the comma-separated patterns, such as lm_head or model.layers.0.*.
 
-    Raises UserError for a pattern that matches nothing.
+    Those that share an input with one come with it. Raises UserError for a pattern that matches nothing.
     """
-    layers = list(layers)
     wanted = [pattern.strip() for pattern in patterns.split(",") if pattern.strip()]
+    kept: list[str] = []
     for pattern in wanted:
-        if not any(fnmatchcase(layer, pattern) for layer in layers):
-            raise UserError(f"--keep-fp32 {pattern} matches no linear layer; there are e.g. {layers[0]}")
-    return tuple(layer for layer in layers if any(fnmatchcase(layer, pattern) for pattern in wanted))
+        found = [group for group in groups if any(fnmatchcase(layer, pattern) for layer in group)]
+        if not found:
+            raise UserError(f"--keep-fp32 {pattern} matches no linear layer; there are e.g. {groups[0][0]}")
+        kept += (layer for group in found for layer in group)
+    return tuple(dict.fromkeys(kept))
 
 
 @contextmanager
-def _rounded_alone(block: Block, name: str, grid: Grid, token_scales: bool) -> Iterator[None]:
-    linear = block.linears[name]
-    weight = linear.weight
-    rounded = torch.from_numpy(quantize(weight.numpy(force=True), grid).dequantize()).to(weight.device)
-    linear.weight = torch.nn.Parameter(rounded, requires_grad=False)
+def _rounded_alone(linears: Mapping[str, torch.nn.Linear], grid: Grid, token_scales: bool) -> Iterator[None]:
+    weights = {name: linear.weight for name, linear in linears.items()}
+    for linear in linears.values():
+        rounded = torch.from_numpy(quantize(linear.weight.numpy(force=True), grid).dequantize())
+        linear.weight = torch.nn.Parameter(rounded.to(linear.weight.device), requires_grad=False)
     try:
-        with rounded_inputs({name: linear} if token_scales else {}):
+        with rounded_inputs(linears if token_scales else {}):
             yield
     finally:
-        linear.weight = weight
+        for name, linear in linears.items():
+            linear.weight = weights[name]
 
 
 @torch.no_grad()
@@ -119,7 +125,7 @@ def _cost_of_head(model: BlockModel, hidden: HiddenStates, grid: Grid, token_sca
     moved = (rounded_per_token(states) if token_scales else states) @ rounded.T
     # A softmax does not see what is added to all logits.
     error = _relative(*(x - x.mean(-1, keepdim=True) for x in (moved, logits)))
-    return Cost(head, error, weight.size)
+    return Cost((head,), error, weight.size)
 
 
 def _relative(moved: torch.Tensor, exact: torch.Tensor) -> float:

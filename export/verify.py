@@ -7,7 +7,7 @@ run over a prompt and then token by token through its KV cache, and compared wit
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from ..artifact import OutputCheck
 from ..bench.engines import Engine
 from ..bench.worker import EngineWorker, WorkerError
 from ..families import Decoder
-from .decoder import Weights
+from .decoder import Weights, layers_of
 from .graph import DATA_FILE
 
 # A max_rel_error above these means a wrong graph, not rounding: fp32 differs by the order of sums
@@ -71,20 +71,34 @@ def count_zeros(model: Path, weights: Weights, decoder: Decoder) -> ZeroCount:
 
     Raises VerificationError naming the layer in which a pruned weight is not exactly zero.
     """
-    stored = dict(_initializers(model))
+    expected = {layer for group in decoder.linear_groups()[:-1] for layer in group}
     total = pruned = zeros = 0
-    for index in range(decoder.blocks):
-        for part in decoder.family.linears:
-            layer = f"{decoder.family.block(index)}.{part}"
-            source_zero = weights.linear(layer) == 0
-            graph_zero = _zeros(stored[f"{layer}.weight"], source_zero.shape)
+    for name, stored in _initializers(model):
+        layers = layers_of(name.removesuffix(".weight"))
+        if not name.endswith(".weight") or not expected.issuperset(layers):
+            continue
+        expected.difference_update(layers)
+        for layer, graph_zero, source_zero in _zeros_of_layers(stored, weights, layers):
             lost = int(np.count_nonzero(source_zero & ~graph_zero))
             if lost:
                 raise VerificationError(f"{model}: {lost} pruned weights of {layer} are no longer zero")
             total += source_zero.size
             pruned += int(source_zero.sum())
             zeros += int(graph_zero.sum())
+    if expected:
+        raise VerificationError(f"{model}: it has no weight for {min(expected)}")
     return ZeroCount(total, pruned, zeros)
+
+
+def _zeros_of_layers(
+    stored: np.ndarray, weights: Weights, layers: Sequence[str]
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Layer by layer of those stored as one: the zeros of the graph and of the checkpoint, [out, in]."""
+    sources = [weights.linear(layer) == 0 for layer in layers]
+    rows, inputs = sum(len(source) for source in sources), sources[0].shape[1]
+    graph_zero = _zeros(stored, (rows, inputs))
+    ends = np.cumsum([len(source) for source in sources])
+    yield from zip(layers, np.split(graph_zero, ends[:-1]), sources, strict=True)
 
 
 def _initializers(model: Path) -> Iterator[tuple[str, np.ndarray]]:
