@@ -259,13 +259,13 @@ def test_a_killed_run_goes_on_to_the_same_result(
 ) -> None:
     """Killed with step 12 of 12, it is between the end of training and the writing of its result."""
     options = TUNING | {"nsamples": 24, "eval_windows": 2, "batch_size": 4, "epochs": 2, "lora_rank": rank}
-    options |= {"save_minutes": 0}
     flags = [
         word
         for name, value in options.items()
         if value is not None
         for word in (f"--{name.replace('_', '-')}", str(value))
     ]
+    flags += ["--save-minutes", "0"]
     killed = tmp_path / "killed"
     for step in kills:
         more = [] if step == kills[0] else ["--resume"]
