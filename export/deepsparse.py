@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from onnx import TensorProto
 
+from ..errors import UserError
 from ..families import Decoder
 from .activation import soft_cap
 from .decoder import Norm, Weights, add_biases, joint_name, joint_quantized, rms_norm, write_norm
@@ -25,6 +26,8 @@ OPSET = 13
 IR_VERSION = 7
 # Added to masked scores; finite, because inf - inf in a softmax over a fully masked row is nan.
 MASKED = float(np.finfo(np.float32).min)
+# Measured against torch with its internal cache: 16, 24, 32, 48, 64 and 256 are right, 96 is not.
+MISCOMPUTED_HEADS = (96,)
 # The engine's cache is longer than the positions: by one, and rounded up to its blocks.
 SPARE_COLUMNS = 256
 
@@ -43,6 +46,11 @@ class DeepSparseTarget:
     joins_linears = True
 
     def __init__(self, decoder: Decoder, tables: Sequence[Tables | None], detach_output: bool) -> None:
+        if decoder.head_dim in MISCOMPUTED_HEADS:
+            raise UserError(
+                f"DeepSparse computes heads of {decoder.head_dim} channels wrongly with its KV cache; "
+                "leave out --target deepsparse"
+            )
         self.decoder = decoder
         self.detach_output = detach_output
         self._tables = tables

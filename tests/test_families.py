@@ -20,6 +20,7 @@ from dlp_deploy.checkpoint import open_checkpoint
 from dlp_deploy.errors import UserError
 from dlp_deploy.export.activation import ACTIVATIONS, activate
 from dlp_deploy.export.decoder import Weights
+from dlp_deploy.export.deepsparse import DeepSparseTarget
 from dlp_deploy.export.graph import GraphWriter
 from dlp_deploy.export.onnxruntime import OnnxRuntimeTarget
 from dlp_deploy.export.plan import plan_graphs
@@ -113,6 +114,12 @@ def test_heads_that_onnxruntime_does_not_take_are_refused() -> None:
     decoder = described("llama", head_dim=20)
     with pytest.raises(UserError, match="heads of a multiple of 8, not 20; leave out --target onnxruntime"):
         OnnxRuntimeTarget(decoder, [None] * decoder.blocks)
+
+
+def test_heads_that_deepsparse_miscomputes_are_refused() -> None:
+    decoder = described("phi3", head_dim=96)
+    with pytest.raises(UserError, match=r"heads of 96 channels wrongly .* leave out --target deepsparse"):
+        DeepSparseTarget(decoder, [None] * decoder.blocks, detach_output=False)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
