@@ -3,8 +3,8 @@
     python benchmarks/finetune.py [--max-minutes 30] [--lora-rank R] [--teacher none] [--output finetune.md]
 
 Everything is offline: the built-in text has one part to prune and learn with and another to be judged by.
-It is short (63,000 tokens), so that half an hour reads it several times; the dense model as a teacher keeps
-that from becoming learning by heart. About 40 minutes on 2 cores, 30 of them fine-tuning.
+It is short (63,000 tokens), and half an hour reads it several times, so the dense model is the teacher unless
+told otherwise. Pruning and three evaluations take some minutes beside the time limit.
 """
 
 from __future__ import annotations
