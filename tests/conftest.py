@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +14,32 @@ from transformers import PreTrainedTokenizerFast
 from dlp_deploy.calibration import builtin_text
 
 from .tiny_models import TINY_CONFIGS, VOCABULARY, save_tiny_model
+
+# Engines whose environments take minutes to download, and the tests that need them.
+LARGE_ENGINES = {
+    "test_served_elsewhere.py": ("deepsparse-server",),
+    "test_sparseml.py": ("sparseml", "llmcompressor"),
+}
+INSTALL = "import sys; from dlp_deploy.bench.environments import install; [install(e) for e in sys.argv[1:]]"
+installer = pytest.StashKey[subprocess.Popen[bytes]]()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Download large engines while the tests run that come before; those that need them wait for it."""
+    files = {item.path.name for item in session.items}
+    engines = [engine for file, names in LARGE_ENGINES.items() if file in files for engine in names]
+    if engines and not session.config.option.collectonly:
+        command = [sys.executable, "-c", INSTALL, *engines]
+        session.config.stash[installer] = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if installer in session.config.stash:
+        process = session.config.stash[installer]
+        process.terminate()
+        process.wait()
 
 
 @pytest.fixture(scope="session")
