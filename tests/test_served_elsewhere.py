@@ -142,7 +142,10 @@ def test_onnxruntime_genai_generates_what_torch_does(artifact: Path) -> None:
     for prompt in PROMPTS:
         ids = tokenizer.encode(prompt).tolist()
         assert ids == reference.ids(prompt)
-        assert genai_tokens(model, ids) == reference.tokens(prompt)
+        # The token that ends a text is one of the text in transformers only.
+        ends = reference.tokenizer.eos_token_id
+        expected = [token for token in reference.tokens(prompt) if token != ends]
+        assert [token for token in genai_tokens(model, ids) if token != ends] == expected
 
 
 def test_onnxruntime_genai_reads_int8_and_the_chat_template(chatty: Path) -> None:
