@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,11 @@ def test_optimum_generates_what_torch_does(artifact: Path) -> None:
         assert output[0, inputs["input_ids"].shape[1] :].tolist() == reference.tokens(prompt)
 
 
+has_genai = pytest.mark.skipif(
+    sys.version_info < (3, 11), reason="onnxruntime-genai has no release for Python 3.10"
+)
+
+
 def genai_tokens(model: Any, ids: list[int]) -> list[int]:
     import onnxruntime_genai as genai
 
@@ -133,6 +139,7 @@ def genai_tokens(model: Any, ids: list[int]) -> list[int]:
     return generator.get_sequence(0).tolist()[len(ids) :]
 
 
+@has_genai
 def test_onnxruntime_genai_generates_what_torch_does(artifact: Path) -> None:
     import onnxruntime_genai as genai
 
@@ -148,6 +155,7 @@ def test_onnxruntime_genai_generates_what_torch_does(artifact: Path) -> None:
         assert [token for token in genai_tokens(model, ids) if token != ends] == expected
 
 
+@has_genai
 def test_onnxruntime_genai_reads_int8_and_the_chat_template(chatty: Path) -> None:
     import onnxruntime_genai as genai
 
