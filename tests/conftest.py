@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from dlp_deploy.calibration import builtin_text
+from dlp_deploy.cli import main
 
 from .tiny_models import TINY_CONFIGS, VOCABULARY, save_tiny_model
 
@@ -80,3 +81,19 @@ def tiny_checkpoint(
 def llama_folder(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
     """A tiny llama of the test's own, to be damaged at will."""
     return save_tiny_model(tmp_path / "own-llama", TINY_CONFIGS["llama"](), tiny_tokenizer)
+
+
+@pytest.fixture
+def run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Run a command line; returns exit status, stdout and stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["dlp-deploy", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        captured = capsys.readouterr()
+        return int(ended.value.code or 0), captured.out, captured.err
+
+    return run

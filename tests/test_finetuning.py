@@ -23,7 +23,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from dlp_deploy import export, finetune
 from dlp_deploy.artifact import CHECKPOINT, MASKS, check_files, read_manifest
 from dlp_deploy.calibration import calibration_windows
-from dlp_deploy.cli import main
 from dlp_deploy.errors import UserError
 from dlp_deploy.finetuning.loss import Distillation, Head, cross_entropy, distilled
 from dlp_deploy.recipes.masks import open_masks
@@ -305,20 +304,6 @@ def test_a_time_limit_ends_training_with_a_learning_rate_near_zero(artifact: Pat
     rates = [step["learning_rate"] for step in steps]
     assert len(steps) > 6  # one pass is 6 steps: it went on while there was time
     assert rates[-1] < 0.2 * max(rates)
-
-
-@pytest.fixture
-def run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, str]]:
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["dlp-deploy", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        captured = capsys.readouterr()
-        return int(ended.value.code or 0), captured.out, captured.err
-
-    return run
 
 
 @pytest.mark.parametrize(
