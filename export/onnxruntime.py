@@ -9,6 +9,7 @@ one buffer, it appends in place.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.metadata import version
 
 import numpy as np
 from onnx import TensorProto
@@ -27,6 +28,14 @@ MICROSOFT = "com.microsoft"
 INT8_ACCURACY = 4
 
 
+def computes_windows() -> bool:
+    """Whether the ONNX Runtime that is installed attends to a sliding window as it should.
+
+    1.23, the last for Python 3.10, does not (its logits are off by as much as they are large).
+    """
+    return not version("onnxruntime").startswith("1.23.")
+
+
 class OnnxRuntimeTarget:
     """Writes norms and attention as single fused operators. UserError for odd head sizes.
 
@@ -41,6 +50,11 @@ class OnnxRuntimeTarget:
             raise UserError(
                 f"ONNX Runtime's attention takes heads of a multiple of 8, not {decoder.head_dim}; "
                 "leave out --target onnxruntime and --baseline"
+            )
+        if any(decoder.windows) and not computes_windows():
+            raise UserError(
+                f"ONNX Runtime {version('onnxruntime')} computes sliding windows wrongly; use a newer one "
+                "(Python 3.11 or later), or leave out --target onnxruntime and --baseline"
             )
         self.decoder = decoder
         self._tables = tables
