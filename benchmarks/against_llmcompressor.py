@@ -53,7 +53,8 @@ def main() -> None:
         theirs.append(str(folder / "ours" / RECIPE))
         ratios = []
         for _ in range(options.rounds):
-            (seconds, memory), (their_seconds, their_memory) = measured(ours), measured(theirs)
+            seconds, memory = measured(ours, children=True)
+            their_seconds, their_memory = measured(theirs, children=True)
             ratios.append(their_seconds / seconds)
             say(
                 f"dlp-deploy {seconds:.0f} s, {memory / 1e6:.0f} MB; "

@@ -9,19 +9,23 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
+
 DLP_DEPLOY = str(Path(sys.executable).with_name("dlp-deploy"))
 POLL_SECONDS = 0.05
 
 
-def measured(command: Sequence[str]) -> tuple[float, int]:
+def measured(command: Sequence[str], children: bool = False) -> tuple[float, int]:
     """Wall time in seconds and peak resident memory in bytes of a command; ends the script if it fails.
 
-    The memory is the command's own, without that of engines that it runs in processes of their own.
+    The memory is the command's own, without that of the processes that it starts, such as engines; with
+    `children` it is that of the largest of them all.
     """
     start, peak = time.perf_counter(), 0
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         while process.poll() is None:
-            peak = max(peak, _peak_of(process.pid))
+            started = psutil.Process(process.pid).children(recursive=True) if children else []
+            peak = max(peak, *(_peak_of(one) for one in (process.pid, *(child.pid for child in started))))
             time.sleep(POLL_SECONDS)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} ended with status {process.returncode}")

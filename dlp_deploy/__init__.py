@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 # it loads. Worker processes inherit this.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
+# torch asks for large pages when it allocates large tensors: blocks are read, converted and thrown away
+# all the time, and in small pages half of that time goes into page faults.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
 # Imported when first used, as most bring torch with them.
 _LAZY = {
     "evaluate": "evaluation",

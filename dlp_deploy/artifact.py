@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .errors import UserError
 from .storage import sha256_file, write_text
+from .threads import map_in_threads
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -190,11 +191,12 @@ def list_files(folder: Path, known: Iterable[StoredFile] = ()) -> tuple[StoredFi
     """
     digests = {stored.path: stored for stored in known}
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
-    return tuple(
-        digests.get(p.relative_to(folder).as_posix())
-        or StoredFile(path=p.relative_to(folder).as_posix(), bytes=p.stat().st_size, sha256=sha256_file(p))
-        for p in files
-    )
+
+    def stored(path: Path) -> StoredFile:
+        name = path.relative_to(folder).as_posix()
+        return digests.get(name) or StoredFile(path=name, bytes=path.stat().st_size, sha256=sha256_file(path))
+
+    return tuple(map_in_threads(stored, files))
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

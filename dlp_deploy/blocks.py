@@ -24,6 +24,7 @@ from .errors import UserError, first_line
 from .families import Decoder, Family, decoder_of
 from .hidden import HiddenStates, window_batches
 from .models import ModelFiles, load_config
+from .threads import map_in_threads
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ class BlockModel:
 
     def read_block(self, index: int) -> dict[str, torch.Tensor]:
         """The tensors of a block in their stored dtype, by their names in the checkpoint."""
-        return {name: self.checkpoint.tensor(name) for name in self.block_names(index)}
+        names = self.block_names(index)
+        return dict(zip(names, map_in_threads(self.checkpoint.tensor, names), strict=True))
 
     def block(self, index: int, tensors: Mapping[str, torch.Tensor], length: int) -> Block:
         """Decoder block `index` with these weights, ready for windows of `length` tokens."""

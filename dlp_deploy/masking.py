@@ -21,6 +21,7 @@ import torch
 
 from .errors import UserError
 from .selection import largest_of_rows
+from .threads import map_in_threads
 
 SLAB = 128
 DAMPING = 0.01
@@ -85,8 +86,13 @@ def wanda_keep(weight: torch.Tensor, norms: torch.Tensor, sparsity: float) -> to
     kept, with_one_more = divmod(kept_of(weight.numel(), sparsity), rows)
     values, scale = weight.cpu().numpy(), norms.cpu().numpy()
     keep = np.empty(weight.shape, dtype=np.bool_)
-    for some, count in _row_slices(rows, with_one_more, kept):
-        keep[some] = largest_of_rows(np.abs(values[some]) * scale, count)
+
+    def keep_rows(some: slice, count: int) -> None:
+        metric = np.abs(values[some])
+        metric *= scale
+        keep[some] = largest_of_rows(metric, count)
+
+    map_in_threads(lambda rows: keep_rows(*rows), _row_slices(rows, with_one_more, kept))
     return torch.from_numpy(keep).to(weight.device)
 
 

@@ -23,8 +23,9 @@ from .hidden import HiddenStates
 from .journal import EMBEDDED, PRUNED, SCORED, SHARED, Journal
 from .masking import Method, Pattern
 from .progress import progress
-from .recipes.masks import PackedMask, identity_of, pack_mask, sign_sample, write_masks
+from .recipes.masks import PackedMask, identity_of, pack_mask, sign_sample, write_masks, zero_pruned
 from .scores import statistic_named, wanda_metric
+from .threads import map_in_threads
 from .unfinished import work_folder
 
 
@@ -135,7 +136,7 @@ def prune_blocks(run: Run, sparsities: Sequence[float]) -> None:
 
 def _prune_block(run: Run, index: int, sparsity: float) -> None:
     tensors = run.model.read_block(index)
-    digests = {name: tensor_sha256(tensor) for name, tensor in tensors.items()}
+    digests = dict(zip(tensors, map_in_threads(tensor_sha256, tensors.values()), strict=True))
     block = run.model.block(index, tensors, run.length)
     inputs = _inputs_for(run, index, block)
     masks: dict[str, PackedMask] = {}
@@ -148,7 +149,7 @@ def _prune_block(run: Run, index: int, sparsity: float) -> None:
         masks[name] = _packed(keep, tensors[name], digests[name])
         kept += int(np.count_nonzero(keep.numpy()))
         if pruned.weight is None:
-            tensors[name].masked_fill_(~keep, 0)
+            zero_pruned(tensors[name], keep)
         else:
             tensors[name] = pruned.weight.to("cpu", tensors[name].dtype)
         # The next block sees what the checkpoint will hold, rounded to its dtype.

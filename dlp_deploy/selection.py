@@ -6,24 +6,30 @@ numpy's partition is used as it selects several times faster than torch on a CPU
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .threads import map_in_threads, thread_count
+
 Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]
 
 SAMPLE = 1 << 17
+_NONE: Floats = np.empty(0, np.float32)
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """`count` float32 numbers in one-dimensional chunks, the same every time `chunks` is called."""
+    """`count` float32 numbers in one-dimensional chunks, each computed whenever it is asked for."""
 
     count: int
-    chunks: Callable[[], Iterator[Floats]]
+    pieces: Sequence[Callable[[], Floats]]
+
+    def chunks(self) -> Iterator[Floats]:
+        return (piece() for piece in self.pieces)
 
 
 def kth_smallest(numbers: Numbers, rank: int) -> float:
@@ -45,12 +51,23 @@ def kth_smallest(numbers: Numbers, rank: int) -> float:
 
 
 def _sorted_sample(numbers: Numbers) -> Floats:
-    random = np.random.default_rng(0)
     share = SAMPLE / numbers.count
-    drawn = [
-        chunk[random.integers(len(chunk), size=math.ceil(share * len(chunk)))] for chunk in numbers.chunks()
-    ]
-    return np.sort(np.concatenate(drawn))
+
+    def draw(pieces: Sequence[Callable[[], Floats]]) -> Floats:
+        random = np.random.default_rng(0)
+        drawn = [_NONE]
+        for piece in pieces:
+            chunk = piece()
+            drawn.append(chunk[random.integers(len(chunk), size=math.ceil(share * len(chunk)))])
+        return np.concatenate(drawn)
+
+    return np.sort(np.concatenate(map_in_threads(draw, _parts(numbers))))
+
+
+def _parts(numbers: Numbers) -> list[Sequence[Callable[[], Floats]]]:
+    """The pieces in equal parts, one for each thread."""
+    parts = thread_count()
+    return [numbers.pieces[part::parts] for part in range(parts)]
 
 
 def _at(sample: Floats, position: float) -> float:
@@ -61,20 +78,26 @@ def _at(sample: Floats, position: float) -> float:
 
 def _within(numbers: Numbers, rank: int, low: float, high: float) -> float | None:
     """The number at `rank` if it lies in [low, high]. Numbers equal to a bound are only counted."""
-    below = at_low = up_to_high = 0
-    inside = []
-    for chunk in numbers.chunks():
-        below += np.count_nonzero(chunk < low)
-        at_low += np.count_nonzero(chunk == low)
-        up_to_high += np.count_nonzero(chunk <= high)
-        inside.append(chunk[(chunk > low) & (chunk < high)])
-    if not below <= rank < up_to_high:
+
+    def place(pieces: Sequence[Callable[[], Floats]]) -> tuple[int, int, int, Floats]:
+        below = at_low = up_to_high = 0
+        inside = [_NONE]
+        for piece in pieces:
+            chunk = piece()
+            below += np.count_nonzero(chunk < low)
+            at_low += np.count_nonzero(chunk == low)
+            up_to_high += np.count_nonzero(chunk <= high)
+            inside.append(chunk[(chunk > low) & (chunk < high)])
+        return below, at_low, up_to_high, np.concatenate(inside)
+
+    belows, at_lows, up_to_highs, insides = zip(*map_in_threads(place, _parts(numbers)), strict=True)
+    if not sum(belows) <= rank < sum(up_to_highs):
         return None
-    between = np.concatenate(inside)
-    place = rank - below - at_low
-    if place < 0:
+    between = np.concatenate(insides)
+    rest = rank - sum(belows) - sum(at_lows)
+    if rest < 0:
         return low
-    return float(np.partition(between, place)[place]) if place < len(between) else high
+    return float(np.partition(between, rest)[rest]) if rest < len(between) else high
 
 
 def largest_of_rows(values: Floats, count: int) -> Bools:

@@ -33,6 +33,7 @@ from ..storage import atomic_path, naming_full_disk
 FORMAT = "dlp-masks"
 VERSION = "1"
 SIGNS = 256
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -274,7 +275,17 @@ def _times(shape: Sequence[int]) -> str:
 
 def apply_mask(weights: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     """A copy of `weights` with +0.0 wherever `keep` is False."""
-    return weights.masked_fill(~keep.to(weights.device), 0)
+    pruned = weights.clone()
+    zero_pruned(pruned, keep)
+    return pruned
+
+
+def zero_pruned(weights: torch.Tensor, keep: torch.Tensor) -> None:
+    """Set `weights` to +0.0, in place, wherever `keep` is False.
+
+    Multiplying the bits by 0 or 1 is several times faster than torch.masked_fill on a CPU.
+    """
+    weights.view(_INTEGERS[weights.itemsize]).mul_(keep.to(weights.device))
 
 
 def open_masks(path: Path) -> Masks:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,8 @@ FEW_VALUES = st.sampled_from([0.0, 0.5, 1.0, 2.0]) | st.floats(0, 4, width=32)
 
 
 def numbers_of(values: np.ndarray, size: int) -> Numbers:
-    return Numbers(values.size, lambda: iter([values[i : i + size] for i in range(0, values.size, size)]))
+    pieces = [values[start : start + size] for start in range(0, values.size, size)]
+    return Numbers(values.size, [partial(np.asarray, piece) for piece in pieces])
 
 
 @given(arrays(np.float32, st.integers(1, 300), elements=FEW_VALUES), st.integers(1, 100), st.data())
