@@ -25,12 +25,15 @@ class Variant:
     rounding: str = "gptq"
     block_size: int = 32
     keep_fp32: str = "none"
+    activations: str = "dynamic"
 
     @property
     def title(self) -> str:
         parts = [self.precision]
         if self.precision != "fp32":
             parts += [self.rounding] + ([f"block {self.block_size}"] if self.engine == "onnxruntime" else [])
+        if self.activations != "dynamic":
+            parts.append(f"{self.activations} activations")
         return ", ".join(parts + ([f"fp32 kept: {self.keep_fp32}"] if self.keep_fp32 != "none" else []))
 
 
@@ -44,6 +47,9 @@ VARIANTS = (
     Variant("deepsparse", "fp32"),
     Variant("deepsparse", "int8", "nearest"),
     Variant("deepsparse", "int8"),
+    Variant("deepsparse", "int8", "nearest", activations="static"),
+    Variant("deepsparse", "int8", activations="static"),
+    Variant("deepsparse", "int8", keep_fp32="auto", activations="static"),
     Variant("deepsparse", "int8", keep_fp32="auto"),
     Variant("deepsparse", "int4", "nearest"),
     Variant("deepsparse", "int4"),
@@ -54,6 +60,7 @@ def row(artifact: Path, variant: Variant, options: argparse.Namespace, pruned: f
     command = [DLP_DEPLOY, "export", str(artifact), "--quant", variant.precision, "--baseline", "none"]
     command += ["--target", variant.engine, "--rounding", variant.rounding, "--force"]
     command += ["--block-size", str(variant.block_size), "--keep-fp32", variant.keep_fp32]
+    command += ["--activations", variant.activations]
     seconds, peak = measured(command)
     made = read_manifest(artifact).export_for(variant.engine, variant.precision, dense=False)
     assert made is not None

@@ -34,6 +34,7 @@ RECIPE = "recipe.yaml"
 
 EngineName = Literal["deepsparse", "onnxruntime"]
 Precision = Literal["fp32", "int8", "int4"]
+Activations = Literal["dynamic", "static"]
 
 
 class _Stored(BaseModel):
@@ -142,7 +143,8 @@ class Export(_Stored):
     `sparsity` is the share of zeros counted in the exported block weights; it exceeds that of the
     masks by `rounded_to_zero`, the share of kept weights that quantization made zero. `rounding` is
     "gptq" or "nearest", None in fp32; `block_size` the inputs that share a scale, None for all;
-    `kept_fp32` the layers that were not quantized.
+    `kept_fp32` the layers that were not quantized. `activations` says whether those in int8 have a scale
+    per token, dynamic, or per layer, static; None where none are.
     """
 
     path: str
@@ -156,6 +158,7 @@ class Export(_Stored):
     rounding: str | None = None
     block_size: int | None = None
     kept_fp32: tuple[str, ...] = ()
+    activations: Activations | None = None
     checks: tuple[OutputCheck, ...] = ()
     notes: tuple[str, ...] = ()
 

@@ -95,6 +95,13 @@ KeepFp32 = Annotated[
         "such as lm_head or 'model.layers.0.*'."
     ),
 ]
+Activations = Annotated[
+    str,
+    typer.Option(
+        help="Scales of int8 activations in DeepSparse: dynamic (one per token, more accurate) or static "
+        "(one per layer input, measured on text)."
+    ),
+]
 
 
 @app.command("prune-export")
@@ -115,6 +122,7 @@ def prune_export_command(
     rounding: Rounding = "gptq",
     block_size: BlockSize = 32,
     keep_fp32: KeepFp32 = "none",
+    activations: Activations = "dynamic",
     output: Output = None,
     seed: Seed = 0,
     device: Device = "auto",
@@ -174,6 +182,7 @@ def export(
     rounding: Rounding = "gptq",
     block_size: BlockSize = 32,
     keep_fp32: KeepFp32 = "none",
+    activations: Activations = "dynamic",
     force: Force = False,
 ) -> None:
     """The second half of prune-export: add verified ONNX graphs to an artifact."""

@@ -24,6 +24,7 @@ def prune_export(
     rounding: str = "gptq",
     block_size: int = 32,
     keep_fp32: str = "none",
+    activations: str = "dynamic",
     output: str | Path | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -36,7 +37,7 @@ def prune_export(
     The folder gets its name when both are done. With `resume` an interrupted run goes on behind the
     last finished block or graph. Raises UserError for what the user can mend.
     """
-    graphs = plan_graphs(quant, target, baseline, rounding, block_size, keep_fp32)
+    graphs = plan_graphs(quant, target, baseline, rounding, block_size, keep_fp32, activations)
     # Imported here: a wrong precision must not cost the import of torch to be told.
     from .export.add import add_graphs
     from .pruning import prune

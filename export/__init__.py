@@ -13,6 +13,7 @@ def export(
     rounding: str = "gptq",
     block_size: int = 32,
     keep_fp32: str = "none",
+    activations: str = "dynamic",
     force: bool = False,
 ) -> Path:
     """Add ONNX graphs to an artifact that prune made, and return its folder.
@@ -22,8 +23,10 @@ def export(
     "gptq" (chosen on text, so that errors make up for each other) or "nearest" (at once, and in less
     memory); `block_size` is how many inputs share a scale in ONNX Runtime. `keep_fp32` names the layers
     of the sparse graphs that are not quantized, as patterns, or is "auto": those that lose most for their
-    size, until the weights have grown by 5 %. Each graph is checked (structure, zeros, logits against
-    torch) before it gets its final name.
+    size, until the weights have grown by 5 %. `activations` is how DeepSparse's int8 and int4 graphs
+    scale what enters a linear layer: "dynamic" (each token by its own largest entry) or "static" (by one
+    scale per layer, measured on text); ONNX Runtime scales it as it runs. Each graph is checked (structure,
+    zeros, logits against torch) before it gets its final name.
 
     Raises UserError for unknown names and for graphs that exist, unless `force`.
     """
@@ -31,7 +34,8 @@ def export(
     from .add import add_graphs, remove_graphs
     from .plan import plan_graphs
 
-    folder, graphs = Path(artifact), plan_graphs(quant, target, baseline, rounding, block_size, keep_fp32)
+    folder = Path(artifact)
+    graphs = plan_graphs(quant, target, baseline, rounding, block_size, keep_fp32, activations)
     remove_graphs(folder, graphs, force)
     add_graphs(folder, graphs)
     return folder

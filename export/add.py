@@ -31,8 +31,13 @@ def add_graphs(artifact: Path, graphs: Sequence[Graph], dense: ModelFiles | None
     added = {export.path for export in exports}
     kept = [export for export in manifest.exports if export.path not in added]
     decoder = decoder_of(load_config(pruned))
+    static = any(export.activations == "static" for export in exports)
     recipe = recipe_from_pruning(
-        manifest.pruning, decoder.family, _own_precision(exports), group_size_of(decoder)
+        manifest.pruning,
+        decoder.family,
+        _own_precision(exports),
+        group_size_of(decoder),
+        "static" if static else "dynamic",
     )
     write_recipe(artifact / RECIPE, recipe)
     known = [file for file in manifest.files if file.path != RECIPE]

@@ -6,8 +6,8 @@ too. Only one block is in memory at a time, and nothing is stored but hidden sta
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from ..hidden import HiddenStates
 from ..models import ModelFiles, load_tokenizer
 from .decoder import Weights
 from .gptq import rounded_levels
+from .inputs import Int8Inputs, rounded_inputs
 from .quantize import Grid, Quantized, grid_scale, scale_of_columns
 
 WINDOWS = 16
@@ -35,8 +36,8 @@ def quantization_text(files: ModelFiles, longest: int) -> torch.Tensor:
 class CalibratedWeights(Weights):
     """The weights of `checkpoint`, rounded by GPTQ. Layers are asked for in the model's order.
 
-    `token_scales` says that the engine rounds activations to int8 per token: then the text is run like
-    that. The layers in `kept` stay as they are. The hidden states lie in `folder`.
+    Where the engine rounds activations to int8, `inputs` says how, and the text is run like that. The
+    layers in `kept` stay as they are. The hidden states lie in `folder`.
     """
 
     def __init__(
@@ -46,13 +47,13 @@ class CalibratedWeights(Weights):
         ids: torch.Tensor,
         grid: Grid,
         head_grid: Grid,
-        token_scales: bool,
+        inputs: Int8Inputs | None,
         folder: Path,
         kept: Collection[str] = (),
     ) -> None:
         self._model = BlockModel(files, checkpoint)
         super().__init__(checkpoint, self._model.decoder)
-        self._ids, self._token_scales, self._kept = ids, token_scales, kept
+        self._ids, self._inputs, self._kept = ids, inputs, kept
         self._grid, self._head_grid = grid, head_grid
         self._hidden = HiddenStates(folder / "hidden", (*ids.shape, self._model.decoder.hidden))
         for windows, states in self._model.embed(ids):
@@ -78,15 +79,14 @@ class CalibratedWeights(Weights):
         model, prefix = self._model, self._model.decoder.family.block(index)
         block = model.block(index, model.read_block(index), self._ids.shape[1])
         rounded: dict[str, Quantized] = {}
-        rounding = {
-            name: linear for name, linear in block.linears.items() if f"{prefix}.{name}" not in self._kept
-        }
-        with rounded_inputs(rounding if self._token_scales else {}):
-            inputs = measure_inputs(block, self._hidden, "gram", model.device)
-            for name, linear in rounding.items():
-                quantized = _round(linear.weight, inputs.of(name), self._grid)
+        named = {f"{prefix}.{name}": linear for name, linear in block.linears.items()}
+        rounding = {layer: linear for layer, linear in named.items() if layer not in self._kept}
+        with rounded_inputs(rounding, self._inputs):
+            grams = measure_inputs(block, self._hidden, "gram", model.device)
+            for layer, linear in rounding.items():
+                quantized = _round(linear.weight, grams.of(layer.removeprefix(f"{prefix}.")), self._grid)
                 linear.weight.copy_(torch.from_numpy(quantized.dequantize()))
-                rounded[f"{prefix}.{name}"] = quantized
+                rounded[layer] = quantized
             for windows in self._hidden.batches():
                 self._hidden.write(windows, block.run(self._hidden.read(windows).to(model.device)))
         return rounded
@@ -94,8 +94,9 @@ class CalibratedWeights(Weights):
     @torch.no_grad()
     def _round_head(self) -> dict[str, Quantized]:
         head = self._model.decoder.family.head
-        states = self._model.final_states(self._hidden)
-        rows = (rounded_per_token(state) if self._token_scales else state for state in states)
+        rows = self._model.final_states(self._hidden)
+        if self._inputs is not None:
+            rows = map(partial(self._inputs.rounded, head), rows)
         gram = sum(row.T @ row for row in rows)
         assert isinstance(gram, torch.Tensor)
         return {head: _round(torch.from_numpy(self.linear(head)), gram, self._head_grid)}
@@ -106,27 +107,3 @@ def _round(weight: torch.Tensor, gram: torch.Tensor, grid: Grid) -> Quantized:
     of_columns = torch.from_numpy(scale_of_columns(scale, grid, weight.shape[1])).to(weight.device)
     levels = rounded_levels(weight, gram, of_columns, grid.lowest, grid.highest)
     return Quantized(levels.numpy(force=True), scale, grid)
-
-
-def rounded_per_token(x: torch.Tensor) -> torch.Tensor:
-    """x [..., channels] on the int8 grid of each token, with the scale max|x| / 127."""
-    scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-9) / 127
-    return torch.round(x / scale) * scale
-
-
-@contextmanager
-def rounded_inputs(linears: Mapping[str, torch.nn.Linear]) -> Iterator[None]:
-    """Let each of the layers see its input as the engine rounds it; layers that share one still do."""
-    seen: list[torch.Tensor] = []
-
-    def round_input(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
-        if not seen or seen[0] is not inputs[0]:
-            seen[:] = inputs[0], rounded_per_token(inputs[0])
-        return (seen[1],)
-
-    handles = [linear.register_forward_pre_hook(round_input) for linear in linears.values()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -7,7 +7,7 @@ past_key_values.{i}.{key,value} float32 [batch, heads, length - tokens, head_dim
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from onnx import TensorProto
@@ -197,28 +197,43 @@ class DeepSparseTarget:
 
 
 class Int8Linears:
-    """Int8 weights per output channel; activations int8 per token, measured as the model runs.
+    """Int8 weights per output channel; activations int8 per token, measured as the model runs, or with the
+    static scale that `input_scales` has for the layer.
 
     The operators are those that the engine fuses at full speed: QuantizeLinear around 128,
-    MatMulInteger, and the two scales multiplied in behind it. A grid of fewer than 8 bits is a
-    coarser one in the same int8 container.
+    MatMulInteger, and the two scales multiplied in behind it; one where both are known. A grid of fewer
+    than 8 bits is a coarser one in the same int8 container.
     """
 
-    def __init__(self, grid: Grid, head: str, head_grid: Grid) -> None:
+    def __init__(
+        self, grid: Grid, head: str, head_grid: Grid, input_scales: Mapping[str, float] | None = None
+    ) -> None:
         self.grid, self.head, self.head_grid = grid, head, head_grid
+        self.input_scales = input_scales
 
     def __call__(self, graph: GraphWriter, weights: Weights, x: str, layers: Sequence[str]) -> str:
         name = joint_name(layers)
-        quantized, token_scale = _quantize_per_token(graph, x, f"{name}.input")
         stored = joint_quantized(weights, layers, self.head_grid if name == self.head else self.grid)
-        values = graph.weight(f"{name}.weight", stored.levels.T)
-        zero_points = graph.constant(_ZERO_POINT), graph.constant(_NO_OFFSET)
-        product = graph.node("MatMulInteger", quantized, values, *zero_points, name=f"{name}.integer")
-        product = graph.node("Cast", product, name=f"{name}.float", to=TensorProto.FLOAT)
-        channels = graph.weight(f"{name}.scale", stored.scale[:, 0])
-        product = graph.node("Mul", product, channels, name=f"{name}.channels")
-        product = graph.node("Mul", product, token_scale, name=name)
+        channels = stored.scale[:, 0]
+        if self.input_scales is None:
+            quantized, token_scale = _quantize_per_token(graph, x, f"{name}.input")
+            product = self._product(graph, quantized, stored.levels, channels, name, f"{name}.channels")
+            product = graph.node("Mul", product, token_scale, name=name)
+        else:
+            fixed = np.float32(self.input_scales[layers[0]])
+            quantized = _quantize(graph, x, fixed, f"{name}.input.uint8")
+            product = self._product(graph, quantized, stored.levels, channels * fixed, name, name)
         return add_biases(graph, weights, product, layers)
+
+    def _product(
+        self, graph: GraphWriter, x: str, levels: np.ndarray, scale: np.ndarray, name: str, scaled: str
+    ) -> str:
+        """x, uint8 around 128, times `levels` [out, in] and `scale` [out]; the output is called `scaled`."""
+        values = graph.weight(f"{name}.weight", levels.T)
+        zero_points = graph.constant(_ZERO_POINT), graph.constant(_NO_OFFSET)
+        product = graph.node("MatMulInteger", x, values, *zero_points, name=f"{name}.integer")
+        product = graph.node("Cast", product, name=f"{name}.float", to=TensorProto.FLOAT)
+        return graph.node("Mul", product, graph.weight(f"{name}.scale", scale), name=scaled)
 
 
 _ZERO_POINT = np.array(128, dtype=np.uint8)
@@ -239,5 +254,9 @@ def _quantize_per_token(graph: GraphWriter, x: str, name: str) -> tuple[str, str
     peak = graph.node("Add", peak, graph.scalar(_TINY), name=f"{name}.positive")
     scale = graph.node("Mul", peak, graph.scalar(1.0 / _TOP), name=f"{name}.scale")
     steps = graph.node("Div", x, scale, name=f"{name}.steps")
-    zero_point = graph.constant(_ZERO_POINT)
-    return graph.node("QuantizeLinear", steps, graph.scalar(1.0), zero_point, name=f"{name}.uint8"), scale
+    return _quantize(graph, steps, 1.0, f"{name}.uint8"), scale
+
+
+def _quantize(graph: GraphWriter, x: str, scale: float, name: str) -> str:
+    """x / scale as uint8 around 128."""
+    return graph.node("QuantizeLinear", x, graph.scalar(scale), graph.constant(_ZERO_POINT), name=name)

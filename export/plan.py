@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from functools import partial
+from typing import Any, Literal, get_args
 
-from ..artifact import EngineName, Precision
+from ..artifact import Activations, EngineName, Precision
 from ..errors import UserError
 from .quantize import Grid
 
@@ -28,6 +29,8 @@ class Graph:
     block_size: int = BLOCK_SIZE
     # Layers that stay fp32: "none", "auto" (by measurement), or patterns of names.
     keep_fp32: str = "none"
+    # What sets the scale of int8 activations: each token, or a text, once for all.
+    activations: Activations = "dynamic"
 
     @property
     def grid(self) -> Grid | None:
@@ -41,17 +44,17 @@ class Graph:
     def head_grid(self) -> Grid | None:
         """DeepSparse runs 4 bits at the speed of 8, so its head, which is not pruned, has 8. (With 4, most of
         its weights round to zero, and the engine's sparse kernel gets wide heads wrong for 64 tokens.)"""
-        return Grid(8) if self.token_scales else self.grid
+        return Grid(8) if self.int8_inputs else self.grid
 
     @property
-    def token_scales(self) -> bool:
-        """Whether activations are int8 with one scale per token, which smoothing is for."""
+    def int8_inputs(self) -> bool:
+        """Whether linear layers read int8 activations, which smoothing is for."""
         return self.engine == "deepsparse" and self.precision != "fp32"
 
     @property
     def calibrated(self) -> bool:
         """Whether rounding is chosen on text. 8 bits per block lose nothing to regain."""
-        return self.rounding == "gptq" and (self.token_scales or self.precision == "int4")
+        return self.rounding == "gptq" and (self.int8_inputs or self.precision == "int4")
 
     @property
     def label(self) -> str:
@@ -74,14 +77,17 @@ def plan_graphs(
     rounding: str = "gptq",
     block_size: int = BLOCK_SIZE,
     keep_fp32: str = "none",
+    activations: str = "dynamic",
 ) -> tuple[Graph, ...]:
     """Sparse graphs for each target in each precision, then dense baselines for ONNX Runtime.
 
     The first precision of `quant` is the artifact's own and goes to <engine>/, others to
-    <engine>-<precision>/. `baseline` may be "none". Raises UserError for unknown names.
+    <engine>-<precision>/. `baseline` may be "none". Raises UserError for unknown names, and for static
+    activations where no graph has int8 ones.
     """
-    if rounding not in get_args(Rounding):
-        raise UserError(f"--rounding {rounding} is not known; it takes: {', '.join(get_args(Rounding))}")
+    for option, name, kind in (("rounding", rounding, Rounding), ("activations", activations, Activations)):
+        if name not in get_args(kind):
+            raise UserError(f"--{option} {name} is not known; it takes: {', '.join(get_args(kind))}")
     if block_size not in BLOCK_SIZES:
         sizes = ", ".join(map(str, BLOCK_SIZES))
         raise UserError(f"--block-size {block_size}: ONNX Runtime takes {sizes}")
@@ -91,30 +97,17 @@ def plan_graphs(
         raise UserError(
             "--quant and --target each need at least one name; e.g. --quant int8 --target deepsparse"
         )
+    checked: Any = {"rounding": rounding, "activations": activations}
+    make: Callable[..., Graph] = partial(Graph, block_size=block_size, keep_fp32=keep_fp32, **checked)
     sparse = [
-        Graph(
-            cast(EngineName, engine),
-            cast(Precision, precision),
-            False,
-            engine if first else f"{engine}-{precision}",
-            cast(Rounding, rounding),
-            block_size,
-            keep_fp32,
-        )
+        make(engine, precision, False, engine if precision == precisions[0] else f"{engine}-{precision}")
         for engine in engines
-        for first, precision in ((precision == precisions[0], precision) for precision in precisions)
+        for precision in precisions
     ]
-    names = () if baseline == "none" else split_list(baseline, get_args(Precision), "--baseline")
-    dense = [
-        Graph(
-            "onnxruntime",
-            cast(Precision, name),
-            True,
-            f"baseline/{name}",
-            cast(Rounding, rounding),
-            block_size,
-            keep_fp32,
+    if activations == "static" and not any(graph.int8_inputs for graph in sparse):
+        raise UserError(
+            f"--activations static means nothing for --target {target} --quant {quant}: "
+            "only DeepSparse's int8 and int4 graphs scale activations themselves"
         )
-        for name in names
-    ]
-    return (*sparse, *dense)
+    names = () if baseline == "none" else split_list(baseline, get_args(Precision), "--baseline")
+    return (*sparse, *(make("onnxruntime", name, True, f"baseline/{name}") for name in names))

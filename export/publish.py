@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from ..artifact import CHECKPOINT, Export, OutputCheck
+from ..artifact import CHECKPOINT, Activations, Export, OutputCheck
 from ..bench.engines import engine_named
 from ..bench.environments import list_engines
 from ..checkpoint import Checkpoint, open_checkpoint
@@ -23,10 +23,11 @@ from ..storage import naming_full_disk, partial_folder, write_text
 from .calibrated import CalibratedWeights, quantization_text
 from .companions import write_companions
 from .decoder import Weights
+from .inputs import Int8Inputs
 from .plan import Graph
 from .reference import Reference, torch_reference, write_reference
 from .sensitivity import choose_kept, measure_costs, named_layers
-from .smooth import measure_smoothing, smoothed_checkpoint
+from .smooth import Smoothing, measure_smoothing, smoothed_checkpoint
 from .verify import (
     check_structure,
     compare_logits,
@@ -60,13 +61,20 @@ class Source:
         return decoder_of(load_config(self.files))
 
     @cached_property
-    def smoothed(self) -> Checkpoint:
-        checkpoint = open_checkpoint(self.files)
-        smoothing = measure_smoothing(self.files, checkpoint, self.text)
-        return smoothed_checkpoint(checkpoint, self.decoder, smoothing)
+    def smoothing(self) -> Smoothing:
+        return measure_smoothing(self.files, open_checkpoint(self.files), self.text)
 
     def checkpoint(self, graph: Graph) -> Checkpoint:
-        return self.smoothed if graph.token_scales else open_checkpoint(self.files)
+        checkpoint = open_checkpoint(self.files)
+        if not graph.int8_inputs:
+            return checkpoint
+        return smoothed_checkpoint(checkpoint, self.decoder, self.smoothing)
+
+    def inputs(self, graph: Graph) -> Int8Inputs | None:
+        """How the engine rounds what enters linear layers; None where it is fp32, or the engine's affair."""
+        if not graph.int8_inputs:
+            return None
+        return Int8Inputs(self.smoothing.input_scales if graph.activations == "static" else None)
 
     def kept(self, graph: Graph) -> tuple[str, ...]:
         """The layers that `graph` keeps in fp32. Raises UserError for a pattern that matches none."""
@@ -75,7 +83,7 @@ class Source:
         if graph.keep_fp32 != "auto":
             return named_layers(graph.keep_fp32, self.decoder.linear_groups())
         checkpoint = self.checkpoint(graph)
-        costs = measure_costs(self.files, checkpoint, self.text, graph.grid, graph.token_scales)
+        costs = measure_costs(self.files, checkpoint, self.text, graph.grid, self.inputs(graph))
         return choose_kept(costs, graph.grid)
 
     @contextmanager
@@ -92,7 +100,7 @@ class Source:
                 self.text,
                 graph.grid,
                 graph.head_grid,
-                graph.token_scales,
+                self.inputs(graph),
                 Path(folder),
                 kept,
             )
@@ -131,17 +139,18 @@ def _export_one(artifact: Path, source: Source, graph: Graph) -> Export:
 
 def _write_and_verify(folder: Path, checkpoint: Path, source: Source, graph: Graph) -> Export:
     config, decoder = load_config(source.files), source.decoder
-    kept = source.kept(graph)
+    kept, inputs = source.kept(graph), source.inputs(graph)
     with (
         source.weights(graph, kept) as weights,
         progress(f"Exporting {graph.label}", decoder.blocks) as advance,
     ):
-        written = write_graph(folder, graph, weights, decoder, config, advance, kept)
+        scales = inputs.scales if inputs else None
+        written = write_graph(folder, graph, weights, decoder, config, advance, kept, scales)
         counted = count_zeros(written.model, weights, decoder)
     write_companions(folder, checkpoint, config, graph.engine)
     check_structure(written.model)
     checks = _check_outputs(folder, written.model, source.reference, graph)
-    rounding, block_size = _quantization(graph)
+    rounding, block_size, activations = _quantization(graph)
     return Export(
         path=graph.folder,
         engine=graph.engine,
@@ -154,22 +163,25 @@ def _write_and_verify(folder: Path, checkpoint: Path, source: Source, graph: Gra
         rounding=rounding,
         block_size=block_size,
         kept_fp32=kept,
+        activations=activations,
         checks=checks,
         notes=written.notes,
     )
 
 
-def _quantization(graph: Graph) -> tuple[str | None, int | None]:
-    """What the manifest says of the rounding, and how many inputs share a scale."""
+def _quantization(graph: Graph) -> tuple[str | None, int | None, Activations | None]:
+    """What the manifest says of the rounding, how many inputs share a scale, and of int8 activations."""
     if graph.grid is None:
-        return None, None
-    return "gptq" if graph.calibrated else "nearest", graph.grid.block
+        return None, None, None
+    rounding = "gptq" if graph.calibrated else "nearest"
+    return rounding, graph.grid.block, graph.activations if graph.int8_inputs else None
 
 
 def _is_export_of(export: Export, graph: Graph) -> bool:
     keeps = graph.grid is not None and graph.keep_fp32 != "none"
-    found = (export.precision, export.rounding, export.block_size, bool(export.kept_fp32))
-    return found == (graph.precision, *_quantization(graph), keeps)
+    found = (export.precision, bool(export.kept_fp32))
+    quantization = (export.rounding, export.block_size, export.activations)
+    return (found, quantization) == ((graph.precision, keeps), _quantization(graph))
 
 
 def _check_outputs(folder: Path, model: Path, reference: Reference, graph: Graph) -> tuple[OutputCheck, ...]:

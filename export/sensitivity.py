@@ -22,8 +22,8 @@ from ..errors import UserError
 from ..hidden import HiddenStates
 from ..models import ModelFiles
 from ..progress import progress
-from .calibrated import rounded_inputs, rounded_per_token
 from .decoder import Weights
+from .inputs import Int8Inputs, rounded_inputs
 from .quantize import Grid, quantize
 
 # Windows of the quantization text that are enough to tell layers apart.
@@ -44,11 +44,11 @@ class Cost:
 
 
 def measure_costs(
-    files: ModelFiles, checkpoint: Checkpoint, ids: torch.Tensor, grid: Grid, token_scales: bool
+    files: ModelFiles, checkpoint: Checkpoint, ids: torch.Tensor, grid: Grid, inputs: Int8Inputs | None
 ) -> list[Cost]:
     """The cost of rounding each group of linear layers with one input alone, in the model's order.
 
-    `ids` int64 [windows, length]; `token_scales` rounds a layer's inputs too, to int8 per token.
+    `ids` int64 [windows, length]; `inputs` says how a layer's inputs are rounded too, if they are.
     """
     model = BlockModel(files, checkpoint)
     decoder, ids = model.decoder, ids[:WINDOWS]
@@ -65,12 +65,12 @@ def measure_costs(
             exact = block.run(states)
             for group in groups:
                 linears = {name: block.linears[name.removeprefix(prefix)] for name in group}
-                with _rounded_alone(linears, grid, token_scales):
+                with _rounded_alone(linears, grid, inputs):
                     error = _relative(block.run(states), exact)
                 costs.append(Cost(group, error, sum(linear.weight.numel() for linear in linears.values())))
             hidden.write(slice(0, len(ids)), exact)
             advance()
-        costs.append(_cost_of_head(model, hidden, grid, token_scales))
+        costs.append(_cost_of_head(model, hidden, grid, inputs))
     return costs
 
 
@@ -102,13 +102,15 @@ def named_layers(patterns: str, groups: Sequence[tuple[str, ...]]) -> tuple[str,
 
 
 @contextmanager
-def _rounded_alone(linears: Mapping[str, torch.nn.Linear], grid: Grid, token_scales: bool) -> Iterator[None]:
+def _rounded_alone(
+    linears: Mapping[str, torch.nn.Linear], grid: Grid, inputs: Int8Inputs | None
+) -> Iterator[None]:
     weights = {name: linear.weight for name, linear in linears.items()}
     for linear in linears.values():
         rounded = torch.from_numpy(quantize(linear.weight.numpy(force=True), grid).dequantize())
         linear.weight = torch.nn.Parameter(rounded.to(linear.weight.device), requires_grad=False)
     try:
-        with rounded_inputs(linears if token_scales else {}):
+        with rounded_inputs(linears, inputs):
             yield
     finally:
         for name, linear in linears.items():
@@ -116,13 +118,13 @@ def _rounded_alone(linears: Mapping[str, torch.nn.Linear], grid: Grid, token_sca
 
 
 @torch.no_grad()
-def _cost_of_head(model: BlockModel, hidden: HiddenStates, grid: Grid, token_scales: bool) -> Cost:
+def _cost_of_head(model: BlockModel, hidden: HiddenStates, grid: Grid, inputs: Int8Inputs | None) -> Cost:
     head = model.decoder.family.head
     weight = Weights(model.checkpoint, model.decoder).linear(head)
     exact, rounded = (torch.from_numpy(w) for w in (weight, quantize(weight, grid).dequantize()))
     states = next(iter(model.final_states(hidden)))
     logits = states @ exact.T
-    moved = (rounded_per_token(states) if token_scales else states) @ rounded.T
+    moved = (states if inputs is None else inputs.rounded(head, states)) @ rounded.T
     # A softmax does not see what is added to all logits.
     error = _relative(*(x - x.mean(-1, keepdim=True) for x in (moved, logits)))
     return Cost((head,), error, weight.size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,16 +31,18 @@ def write_graph(
     config: Any,
     advance: Callable[[], None],
     kept: Collection[str] = (),
+    input_scales: Mapping[str, float] | None = None,
 ) -> Written:
     """Write `graph` below `folder`; `advance` is called after each decoder block. Layers in `kept` are fp32.
+    `input_scales` are those of static int8 activations, by layer; without, each token has its own.
 
     Peak memory is the largest tensor in fp32, once as read and once as stored.
     """
     tables = tables_by_block(config, decoder, decoder.max_positions)
-    linears, notes = _linears(graph, decoder.family.head)
+    linears, notes = _linears(graph, decoder.family.head, input_scales)
     if graph.engine == "deepsparse":
         writer = GraphWriter(folder, opset=deepsparse.OPSET, ir_version=deepsparse.IR_VERSION)
-        dynamic = graph.precision != "fp32"
+        dynamic = graph.int8_inputs and input_scales is None
         target: Any = deepsparse.DeepSparseTarget(decoder, tables, detach_output=dynamic)
     else:
         writer = GraphWriter(
@@ -54,7 +56,9 @@ def write_graph(
     return Written(model, writer.weight_bytes, writer.opset, notes)
 
 
-def _linears(graph: Graph, head: str) -> tuple[Linears, tuple[str, ...]]:
+def _linears(
+    graph: Graph, head: str, input_scales: Mapping[str, float] | None
+) -> tuple[Linears, tuple[str, ...]]:
     grid = graph.grid
     if grid is None or graph.head_grid is None:
         return fp32_linears, ()
@@ -64,11 +68,11 @@ def _linears(graph: Graph, head: str) -> tuple[Linears, tuple[str, ...]]:
         return onnxruntime.BlockLinears(grid), (scheme,)
     scheme = (
         f"smoothed; weights: {grid.bits} bit, one scale per channel, {rounded}; "
-        "activations: int8, one scale per token"
+        f"activations: int8, one scale per {'token' if input_scales is None else 'layer, calibrated'}"
     )
     slow = (
         ("DeepSparse has no 4-bit kernel: this runs at int8 speed, and its head has 8 bits",)
         if grid.bits == 4
         else ()
     )
-    return deepsparse.Int8Linears(grid, head, graph.head_grid), (scheme, *slow)
+    return deepsparse.Int8Linears(grid, head, graph.head_grid, input_scales), (scheme, *slow)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ..artifact import BlockSparsity, Precision, Pruning
+from ..artifact import Activations, BlockSparsity, Precision, Pruning
 from ..errors import UserError
 from ..families import Decoder, Family
 from .recipe import (
@@ -37,13 +37,18 @@ _METHODS: dict[type[Modifier], str] = {
 
 
 def recipe_from_pruning(
-    pruning: Pruning, family: Family, quant: Precision = "fp32", group_size: int = 128
+    pruning: Pruning,
+    family: Family,
+    quant: Precision = "fp32",
+    group_size: int = 128,
+    activations: Activations = "dynamic",
 ) -> Recipe:
     """The recipe by which SparseML or llm-compressor repeats `pruning`, and then quantizes to `quant`.
 
     Wanda and SparseGPT become one one-shot modifier with a sparsity per block; magnitude, which SparseML
     knows only as training, one modifier per block. The last stage freezes the zeros for fine-tuning.
-    int4 shares one scale among `group_size` inputs; see `group_size_of`.
+    int4 shares one scale among `group_size` inputs; see `group_size_of`. int8 has one scale per token, or
+    with static `activations` one per layer input.
     """
     blocks = sorted(pruning.blocks, key=lambda block: block.index)
     if pruning.method in ("magnitude", GIVEN):
@@ -51,9 +56,10 @@ def recipe_from_pruning(
         if pruning.method == "magnitude":
             stages["prune_train_stage"] = Stage(_magnitude_groups(blocks, pruning.pattern, family))
         if quant != "fp32":
-            stages["quantize_oneshot_stage"] = Stage(_quantization_group(quant, group_size))
+            stages["quantize_oneshot_stage"] = Stage(_quantization_group(quant, group_size, activations))
     else:
-        groups = _one_shot_groups(blocks, pruning, family) | _quantization_group(quant, group_size)
+        quantization = _quantization_group(quant, group_size, activations)
+        groups = _one_shot_groups(blocks, pruning, family) | quantization
         stages = {"prune_oneshot_stage": Stage(groups)}
     stages["finetune_train_stage"] = Stage(
         {"constant_modifiers": {"ConstantPruningModifier": _constant_pruning(family)}}
@@ -133,8 +139,10 @@ def _constant_pruning(family: Family) -> ConstantPruningModifier:
     return ConstantPruningModifier(targets=[_linears_target(family)], start=0.0)
 
 
-def _quantization_group(quant: Precision, group_size: int) -> dict[str, dict[str, Modifier]]:
-    """Symmetric weights, so that a zero stays zero: int8 per channel and token, or int4 in groups."""
+def _quantization_group(
+    quant: Precision, group_size: int, activations: Activations
+) -> dict[str, dict[str, Modifier]]:
+    """Symmetric weights, so that a zero stays zero: int8 per channel, or int4 in groups."""
     if quant == "fp32":
         return {}
     if quant == "int8":
@@ -142,7 +150,11 @@ def _quantization_group(quant: Precision, group_size: int) -> dict[str, dict[str
             targets=["Linear"],
             weights=QuantizationArguments(num_bits=8, type="int", symmetric=True, strategy="channel"),
             input_activations=QuantizationArguments(
-                num_bits=8, type="int", symmetric=True, strategy="token", dynamic=True
+                num_bits=8,
+                type="int",
+                symmetric=True,
+                strategy="token" if activations == "dynamic" else "tensor",
+                dynamic=activations == "dynamic",
             ),
         )
     else:
