@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,7 +27,7 @@ from .inputs import Int8Inputs
 from .plan import Graph
 from .reference import Reference, torch_reference, write_reference
 from .sensitivity import choose_kept, measure_costs, named_layers
-from .smooth import Smoothing, measure_smoothing, smoothed_checkpoint
+from .smooth import MIGRATION, STATIC_MIGRATION, Smoothing, measure_smoothing, smoothed_checkpoint
 from .verify import (
     check_structure,
     compare_logits,
@@ -47,6 +47,8 @@ class Source:
     """A checkpoint to export, and what is learnt from running it in torch (when first asked for)."""
 
     files: ModelFiles
+    # By the share of an outlier that they move.
+    smoothings: dict[float, Smoothing] = field(default_factory=dict)
 
     @cached_property
     def reference(self) -> Reference:
@@ -60,21 +62,24 @@ class Source:
     def decoder(self) -> Decoder:
         return decoder_of(load_config(self.files))
 
-    @cached_property
-    def smoothing(self) -> Smoothing:
-        return measure_smoothing(self.files, open_checkpoint(self.files), self.text)
+    def smoothing(self, graph: Graph) -> Smoothing:
+        migration = STATIC_MIGRATION if graph.activations == "static" else MIGRATION
+        if migration not in self.smoothings:
+            checkpoint = open_checkpoint(self.files)
+            self.smoothings[migration] = measure_smoothing(self.files, checkpoint, self.text, migration)
+        return self.smoothings[migration]
 
     def checkpoint(self, graph: Graph) -> Checkpoint:
         checkpoint = open_checkpoint(self.files)
         if not graph.int8_inputs:
             return checkpoint
-        return smoothed_checkpoint(checkpoint, self.decoder, self.smoothing)
+        return smoothed_checkpoint(checkpoint, self.decoder, self.smoothing(graph))
 
     def inputs(self, graph: Graph) -> Int8Inputs | None:
         """How the engine rounds what enters linear layers; None where it is fp32, or the engine's affair."""
         if not graph.int8_inputs:
             return None
-        return Int8Inputs(self.smoothing.input_scales if graph.activations == "static" else None)
+        return Int8Inputs(self.smoothing(graph).input_scales if graph.activations == "static" else None)
 
     def kept(self, graph: Graph) -> tuple[str, ...]:
         """The layers that `graph` keeps in fp32. Raises UserError for a pattern that matches none."""

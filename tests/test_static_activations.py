@@ -24,7 +24,7 @@ from dlp_deploy.export.gptq import rounded_levels
 from dlp_deploy.export.inputs import Int8Inputs
 from dlp_deploy.export.plan import Graph, plan_graphs
 from dlp_deploy.export.quantize import Grid, grid_scale, quantize
-from dlp_deploy.export.smooth import measure_smoothing, smoothed_checkpoint
+from dlp_deploy.export.smooth import STATIC_MIGRATION, measure_smoothing, smoothed_checkpoint
 from dlp_deploy.export.verify import graph_logits
 from dlp_deploy.export.write import write_graph
 from dlp_deploy.families import decoder_of
@@ -73,7 +73,7 @@ def test_scales_hold_all_that_the_smoothed_model_reads(
     files = resolve_model(str(tiny_checkpoint(kind)))
     checkpoint, decoder = open_checkpoint(files), decoder_of(load_config(files))
     text = quantization_text(files, decoder.max_positions)
-    smoothing = measure_smoothing(files, checkpoint, text)
+    smoothing = measure_smoothing(files, checkpoint, text, STATIC_MIGRATION)
     weights = Weights(smoothed_checkpoint(checkpoint, decoder, smoothing), decoder)
     model = with_weights(files.folder, weights)
     with torch.no_grad(), input_peaks(model) as peaks:
