@@ -1,12 +1,13 @@
-"""Run a command and see what it took."""
+"""Run a command and see what it took, or talk to it while it runs."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -30,6 +31,27 @@ def measured(command: Sequence[str], children: bool = False) -> tuple[float, int
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} ended with status {process.returncode}")
     return time.perf_counter() - start, peak
+
+
+@contextmanager
+def announced(command: Sequence[str], marker: str, env: Mapping[str, str] | None = None) -> Iterator[str]:
+    """A server, and the address that it writes in a line with `marker`; it is ended behind the body."""
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=env
+    ) as process:
+        assert process.stdout is not None
+        lines: list[str] = []
+        try:
+            for line in process.stdout:
+                lines.append(line)
+                if marker in line:
+                    break
+            else:
+                raise SystemExit(f"{' '.join(command)} ended before it served:\n{''.join(lines[-20:])}")
+            threading.Thread(target=process.stdout.read, daemon=True).start()
+            yield next(word for word in line.split() if word.startswith("http"))
+        finally:
+            process.terminate()
 
 
 def _peak_of(pid: int) -> int:
