@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..families import Decoder
+from ..families import Outline
 from .bandwidth import measure_bandwidth
 from .machine import available_memory, describe_machine
 from .measure import Agreement, Noise, Outcome, Workload
@@ -70,7 +70,7 @@ def git_revision() -> str | None:
     return done.stdout.strip() or None
 
 
-def run_record(outcome: Outcome, workload: Workload, decoder: Decoder, environment: Environment) -> Run:
+def run_record(outcome: Outcome, workload: Workload, decoder: Outline, environment: Environment) -> Run:
     """All that is known of one run; with latencies, and its place under the roofs, if it was timed."""
     candidate = outcome.candidate
     run = Run(

@@ -12,7 +12,7 @@ from typing import Literal
 import onnx
 from onnx import helper
 
-from ..families import Decoder
+from ..families import Outline
 from .measure import Outcome, Workload
 from .report import Environment, Roofline
 
@@ -41,7 +41,7 @@ class _Matrix:
     bytes: int
 
 
-def traffic_of(outcome: Outcome, decoder: Decoder) -> Traffic:
+def traffic_of(outcome: Outcome, decoder: Outline) -> Traffic:
     """The traffic of a run, from its graph, or from the sizes of its model where it has none."""
     candidate = outcome.candidate
     if not candidate.model.is_file():
@@ -51,7 +51,7 @@ def traffic_of(outcome: Outcome, decoder: Decoder) -> Traffic:
     )
 
 
-def graph_traffic(model: Path, decoder: Decoder, skipped: float = 0.0) -> Traffic:
+def graph_traffic(model: Path, decoder: Outline, skipped: float = 0.0) -> Traffic:
     """The traffic of a graph of ours, of whose block weights the engine skips the share `skipped`.
 
     What an engine keeps of a sparse matrix is estimated as its nonzeros and one bit per weight, and
@@ -73,7 +73,7 @@ def graph_traffic(model: Path, decoder: Decoder, skipped: float = 0.0) -> Traffi
     )
 
 
-def _checkpoint_traffic(weight_bytes: int, decoder: Decoder) -> Traffic:
+def _checkpoint_traffic(weight_bytes: int, decoder: Outline) -> Traffic:
     """That of torch, in fp32: all weights, zeros too, but the embedding unless it is the head as well."""
     table = 0 if decoder.tied_embeddings else FLOAT_BYTES * decoder.vocabulary * decoder.hidden
     return Traffic(
@@ -131,7 +131,7 @@ def under_roofs(
     )
 
 
-def _attention_operations(decoder: Decoder) -> int:
+def _attention_operations(decoder: Outline) -> int:
     """Per cached position: a product with each key and one with each value, in every head."""
     return 4 * decoder.blocks * decoder.heads * decoder.head_dim
 

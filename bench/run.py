@@ -14,8 +14,9 @@ import numpy as np
 from ..artifact import CHECKPOINT, Manifest, check_files, newest_artifact, read_manifest
 from ..calibration import TokenWindows, evaluation_windows
 from ..errors import UserError
-from ..families import Decoder, decoder_of
+from ..families import Outline
 from ..models import ModelFiles, load_config, load_tokenizer
+from ..outline import outline_of
 from ..progress import say
 from ..storage import refuse_existing, write_text
 from . import REPORT
@@ -62,7 +63,7 @@ def run_bench(request: Request) -> Report:
     candidates = plan_runs(artifact, manifest, request.engine, request.baseline)
     _check_candidates(artifact, manifest, candidates)
     files = ModelFiles(manifest.source.name, str(artifact), artifact / CHECKPOINT)
-    decoder = decoder_of(load_config(files))
+    decoder = outline_of(load_config(files))
     workload, windows = _workload(request, files, decoder, cores)
     say(f"Measuring {', '.join(candidate.name for candidate in candidates)}")
     if (busy := busy_share(cores)) > BUSY:
@@ -96,7 +97,7 @@ def _check_candidates(artifact: Path, manifest: Manifest, candidates: Sequence[C
 
 
 def _workload(
-    request: Request, files: ModelFiles, decoder: Decoder, cores: tuple[int, ...]
+    request: Request, files: ModelFiles, decoder: Outline, cores: tuple[int, ...]
 ) -> tuple[Workload, TokenWindows | None]:
     """The tokens to time on, and those for the perplexity; both are real text."""
     context = request.context or request.prompt_tokens + request.new_tokens
@@ -121,7 +122,7 @@ def _report(
     request: Request,
     artifact: Path,
     manifest: Manifest,
-    decoder: Decoder,
+    decoder: Outline,
     workload: Workload,
     windows: TokenWindows | None,
     outcomes: Sequence[Outcome],

@@ -8,38 +8,46 @@ model's own forward pass, as in the code of SparseGPT and Wanda, so no family ne
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from .checkpoint import Checkpoint, open_checkpoint
-from .errors import UserError, first_line
-from .families import Decoder, Family, decoder_of
+from .errors import UserError
+from .families import Decoder, Family
 from .hidden import HiddenStates, window_batches
 from .models import ModelFiles, load_config
+from .outline import outline_of
 from .threads import map_in_threads
+from .weightless import model_without_weights
+
+# Arguments and keywords that a block is called with besides the hidden states.
+Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Block:
-    """One decoder block with its weights, in float32, and the arguments that it is called with."""
+    """One decoder block with its weights, in float32, and what it is called with for so many windows.
+
+    `linears` have weights [out, in], which are views of those of `module`.
+    """
 
     module: nn.Module
     linears: dict[str, nn.Linear]
-    arguments: tuple[Any, ...]
-    keywords: dict[str, Any]
+    call: Callable[[int], Call]
 
     @torch.no_grad()
     def run(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states [windows, length, hidden] after this block."""
-        output = self.module(hidden, *self.arguments, **self.keywords)
+        arguments, keywords = self.call(len(hidden))
+        output = self.module(hidden, *arguments, **keywords)
         return output[0] if isinstance(output, tuple) else output
 
 
@@ -49,10 +57,10 @@ class BlockModel:
     def __init__(self, files: ModelFiles, checkpoint: Checkpoint, device: str = "cpu") -> None:
         """Build the model without weights. Raises UserError when config and checkpoint disagree."""
         self.config = load_config(files)
-        self.decoder = decoder_of(self.config)
+        self.decoder = outline_of(self.config)
         self.checkpoint = checkpoint
         self.device = torch.device(device)
-        self._model = model_without_weights(self.config, self.decoder)
+        self._model = model_without_weights(self.config)
         self._shapes = {name: tuple(p.shape) for name, p in self._model.named_parameters()}
         family = self.decoder.family
         check_fits(self._shapes, checkpoint)
@@ -79,6 +87,10 @@ class BlockModel:
         block = self.decoder.family.block(index)
         return {linear: f"{block}.{linear}.weight" for linear in self.decoder.family.linears}
 
+    def as_stored(self, matrix: torch.Tensor) -> torch.Tensor:
+        """A matrix [out, in] of a block's linear layer as the checkpoint has it, and the other way round."""
+        return matrix.T if self.decoder.family.transposed else matrix
+
     def prunable_weights(self) -> list[int]:
         """How many weights of each block can be pruned."""
         counts = (self.linear_weights(index).values() for index in range(self.decoder.blocks))
@@ -101,9 +113,16 @@ class BlockModel:
         }
         module = copy.deepcopy(self._blocks[index])
         module.load_state_dict(state, assign=True)
+        if self.decoder.family.transposed:
+            _use_linears(module, self.decoder.family.linears)
         linears = {name: module.get_submodule(name) for name in self.decoder.family.linears}
-        arguments, keywords = self._calls(length)[index]
-        return Block(module, linears, arguments, keywords)  # type: ignore[arg-type]
+
+        @cache
+        def call(windows: int) -> Call:
+            # ALiBi's biases have a row for every window; what else there is serves any number of them.
+            return self._calls(length, windows)[index]
+
+        return Block(module, linears, call)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def embed(self, ids: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -126,6 +145,9 @@ class BlockModel:
         tied = self.decoder.tied_embeddings
         name = f"{family.embedding if tied else family.head}.weight"
         head = self.checkpoint.tensor(name).to(self.device, torch.float32)
+        if not isinstance(self.decoder, Decoder):
+            yield from self._logits_of_class(hidden, head)
+            return
         cap = self.decoder.logit_cap
         for states in self.final_states(hidden):
             logits = states @ head.T
@@ -134,9 +156,49 @@ class BlockModel:
     @torch.no_grad()
     def final_states(self, hidden: HiddenStates) -> Iterator[torch.Tensor]:
         """What enters the head, float32 [length, hidden] of each window: the states after the final norm."""
+        described = isinstance(self.decoder, Decoder)
         norm = self._model.get_submodule(self.decoder.family.final_norm)
         for window in range(hidden.shape[0]):
-            yield norm(hidden.read(slice(window, window + 1))[0].to(self.device))
+            states = hidden.read(slice(window, window + 1)).to(self.device)
+            yield norm(states[0]) if described else self._before_head(states)
+
+    def _logits_of_class(self, hidden: HiddenStates, weight: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Logits by the class's own code behind the blocks, which may add a bias, or scale them."""
+        head = self._model.get_submodule(self.decoder.family.head)
+        without, head.weight = head.weight, nn.Parameter(weight, requires_grad=False)
+        try:
+            for window in range(hidden.shape[0]):
+                yield self._behind_blocks(hidden.read(slice(window, window + 1)).to(self.device)).logits[0]
+        finally:
+            head.weight = without
+
+    def _before_head(self, states: torch.Tensor) -> torch.Tensor:
+        """What enters the head, [length, hidden], for states [1, length, hidden] behind the blocks."""
+        caught: list[torch.Tensor] = []
+
+        def catch(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            caught.append(inputs[0])
+            raise _Caught
+
+        head = self._model.get_submodule(self.decoder.family.head)
+        handle = head.register_forward_pre_hook(catch)
+        try:
+            self._behind_blocks(states)
+        except _Caught:
+            pass
+        finally:
+            handle.remove()
+        return caught[0][0]
+
+    def _behind_blocks(self, states: torch.Tensor) -> Any:
+        """What the whole model returns when `states` [1, length, hidden] leave its last block."""
+        passed = (states,) if self.decoder.family.returns_tuple else states
+        ids = torch.zeros(1, states.shape[1], dtype=torch.int64)
+        return self._call(self._model, ids, self._blank_row(), lambda *_, **__: passed)
+
+    def _blank_row(self) -> torch.Tensor:
+        """The embedding of the only token, where it does not matter which tokens there are."""
+        return torch.zeros(1, self.decoder.hidden, device=self.device)
 
     def _load_outside(self) -> None:
         """Give weights to what is outside the blocks and small: all but embedding and head."""
@@ -154,18 +216,19 @@ class BlockModel:
         module, _, local = name.rpartition(".")
         setattr(self._model.get_submodule(module), local, nn.Parameter(tensor, requires_grad=False))
 
-    def _calls(self, length: int) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-        """What each block is called with besides the hidden states, for one window of `length` tokens."""
-        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    def _calls(self, length: int, windows: int) -> list[Call]:
+        """What each block is called with besides the hidden states, for `windows` of `length` tokens."""
+        calls: list[Call] = []
 
-        def record(hidden: torch.Tensor, *arguments: Any, **keywords: Any) -> torch.Tensor:
+        def record(hidden: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
             calls.append((arguments, keywords))
             if len(calls) == self.decoder.blocks:
                 raise _Caught
-            return hidden
+            return (hidden,) if self.decoder.family.returns_tuple else hidden
 
-        rows = torch.zeros(1, self.decoder.hidden, device=self.device)
-        self._call(torch.zeros(1, length, dtype=torch.int64), rows, record)
+        ids = torch.zeros(windows, length, dtype=torch.int64)
+        with suppress(_Caught):
+            self._call(self._base, ids, self._blank_row(), record)
         return calls
 
     def _first_hidden(self, ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -175,19 +238,18 @@ class BlockModel:
             caught.append(hidden)
             raise _Caught
 
-        self._call(ids, rows, record)
+        with suppress(_Caught):
+            self._call(self._base, ids, rows, record)
         return caught[0]
 
-    def _call(self, ids: torch.Tensor, rows: torch.Tensor, block: Any) -> None:
-        """Run the model with `block` for each of its decoder blocks and `rows` as its embedding matrix."""
+    def _call(self, model: nn.Module, ids: torch.Tensor, rows: torch.Tensor, block: Any) -> Any:
+        """Run `model` with `block` for each of its decoder blocks and `rows` as its embedding matrix."""
         embedding: Any = self._model.get_submodule(self.decoder.family.embedding)
         before = embedding.weight, embedding.padding_idx
         embedding.weight, embedding.padding_idx = nn.Parameter(rows, requires_grad=False), None
         try:
             with _replaced_forward(self._blocks, block), torch.no_grad():
-                self._base(input_ids=ids.to(self.device), use_cache=False)
-        except _Caught:
-            pass
+                return model(input_ids=ids.to(self.device), use_cache=False)
         finally:
             embedding.weight, embedding.padding_idx = before
 
@@ -207,38 +269,16 @@ def _replaced_forward(blocks: nn.ModuleList, forward: Any) -> Iterator[None]:
             del block.forward
 
 
-def model_without_weights(config: Any, decoder: Decoder) -> nn.Module:
-    """The transformers model, its parameters without storage and frozen, its buffers real."""
-    # The faster one leaves out the cap of attention scores without a word.
-    attention = "sdpa" if decoder.attention_cap is None else "eager"
-    with _parameters_on_meta():
-        try:
-            model = AutoModelForCausalLM.from_config(
-                config, attn_implementation=attention, dtype=torch.float32
-            )
-        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise UserError(f"config.json describes no model: {first_line(error)}") from None
-    return model.eval()
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Give new modules parameters without storage. Buffers, such as rotary frequencies, are real.
-
-    `torch.device("meta")` would take the buffers too, and each family computes them in its own way.
-    """
-    register = nn.Module.register_parameter
-
-    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:  # a tied one must stay the same object
-            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
-        register(module, name, parameter)
-
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+def _use_linears(block: nn.Module, layers: Sequence[str]) -> None:
+    """Put a linear layer in place of each Conv1D, whose weight [in, out] it shares."""
+    for layer in layers:
+        stored: Any = block.get_submodule(layer)
+        inputs, outputs = stored.weight.shape
+        linear = nn.Linear(inputs, outputs, device="meta")
+        linear.weight = nn.Parameter(stored.weight.detach().T, requires_grad=False)
+        linear.bias = stored.bias
+        parent, _, name = layer.rpartition(".")
+        setattr(block.get_submodule(parent), name, linear)
 
 
 def check_fits(shapes: Mapping[str, tuple[int, ...]], checkpoint: Checkpoint) -> None:
@@ -258,10 +298,12 @@ def check_fits(shapes: Mapping[str, tuple[int, ...]], checkpoint: Checkpoint) ->
 
 def _refuse_strays(shapes: Mapping[str, tuple[int, ...]], checkpoint: Checkpoint, family: Family) -> None:
     """Raise UserError for a weight of the blocks that the model has no place for."""
-    for name in checkpoint.names():
-        # Other names are of buffers that old releases of transformers stored.
-        stray = name.startswith(f"{family.blocks}.") and name.endswith((".weight", ".bias"))
-        if stray and name not in shapes:
+    stored = set(checkpoint.names())
+    for name in stored - set(shapes):
+        # Other names, and biases without weights, are of buffers that old releases of transformers stored.
+        module, _, kind = name.rpartition(".")
+        stray = kind in ("weight", "bias") and f"{module}.weight" in stored
+        if stray and name.startswith(f"{family.blocks}."):
             raise UserError(f"{checkpoint.file(name)}: config.json has no place for tensor {name}")
 
 

@@ -21,9 +21,10 @@ import numpy as np
 import torch
 
 from .errors import UserError, first_line
-from .families import Family, decoder_of
+from .families import Family
 from .gguf_model import gguf_tensors
 from .models import INDEX_FILES, WEIGHT_FILES, ModelFiles, load_config
+from .outline import outline_of
 from .recipes.masks import weights_sha256
 from .storage import atomic_path, naming_full_disk, write_json
 
@@ -123,8 +124,7 @@ def open_checkpoint(files: ModelFiles) -> Checkpoint:
 
     Raises UserError naming the file when a shard is missing, truncated, or not what the index says.
     """
-    config = load_config(files)
-    decoder = decoder_of(config)
+    decoder = outline_of(load_config(files))
     tensors = dict(_gguf(files.gguf, decoder) if files.gguf is not None else _folder(files.folder))
     tensors = _by_full_names(tensors, decoder.family)
     if decoder.tied_embeddings:

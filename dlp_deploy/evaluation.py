@@ -16,8 +16,8 @@ from .bench.worker import EngineWorker
 from .blocks import logits_of
 from .calibration import TokenWindows, evaluation_windows
 from .errors import UserError
-from .families import decoder_of
 from .models import ModelFiles, load_config, load_tokenizer, resolve_model
+from .outline import outline_of
 from .perplexity import Perplexity, perplexity_of
 from .progress import progress
 
@@ -60,7 +60,7 @@ def evaluate(
     """
     folder = Path(model)
     files = _files(model, folder)
-    positions = decoder_of(load_config(files)).max_positions
+    positions = outline_of(load_config(files)).max_positions
     length = seqlen or min(2048, positions)
     if length > positions:
         raise UserError(f"--seqlen {length} is longer than the {positions} positions of {model}")

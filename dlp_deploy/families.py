@@ -7,6 +7,7 @@ an entry to `FAMILIES`, and to `decoder_of` only if its config says things in a 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -59,6 +60,10 @@ class Family:
     embedding_class: str = "Embedding"
     # What onnxruntime-genai calls the family, where it has another name for it.
     genai_type: str | None = None
+    # Linear layers of the blocks are stored [in, out], as GPT-2's Conv1D does.
+    transposed: bool = False
+    # A block returns its hidden states as the first of a tuple.
+    returns_tuple: bool = False
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -139,25 +144,32 @@ SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size"
 
 
 def family_of(config: Any) -> Family:
-    """The family of a transformers config. Raises UserError for one that is not described here."""
-    names = tuple(getattr(config, "architectures", None) or ())
+    """The family of a transformers config. Raises UserError for one that is not described here.
+
+    `outline.outline_of` knows names and sizes of others, which is enough to prune them.
+    """
+    names = architectures_of(config)
     for family in FAMILIES:
         if set(names) & set(family.architectures):
             return family
     supported = ", ".join(name for family in FAMILIES for name in family.architectures)
     raise UserError(
-        f"architecture {', '.join(names) or 'unknown'} is not supported; supported are: {supported}"
+        f"architecture {', '.join(names) or 'unknown'} is not supported here; supported are: {supported}"
     )
 
 
-@dataclass(frozen=True)
-class Decoder:
-    """Sizes and arithmetic of one model, as its config states them.
+def architectures_of(config: Any) -> tuple[str, ...]:
+    return tuple(getattr(config, "architectures", None) or ())
 
-    `windows` has one entry per block: how many of the latest positions it attends to, or None for all.
-    `rotary_dim` is how many channels of a head are rotated, 0 without rotary embedding; blocks with a
-    window rotate by `local_theta` where it is given. A cap c limits x to c * tanh(x / c).
-    """
+
+def is_described(config: Any) -> bool:
+    """Whether the family of a transformers config is described here."""
+    return any(set(architectures_of(config)) & set(family.architectures) for family in FAMILIES)
+
+
+@dataclass(frozen=True)
+class Outline:
+    """Names and sizes of one model: what is needed to run and prune it block by block."""
 
     family: Family
     blocks: int
@@ -170,13 +182,6 @@ class Decoder:
     max_positions: int
     norm_epsilon: float
     tied_embeddings: bool
-    activation: str
-    windows: tuple[int | None, ...]
-    rotary_dim: int
-    query_scale: float
-    local_theta: float | None = None
-    attention_cap: float | None = None
-    logit_cap: float | None = None
 
     @property
     def group(self) -> int:
@@ -185,14 +190,38 @@ class Decoder:
 
     def linear_groups(self) -> list[tuple[str, ...]]:
         """Names of all linear layers in order, the head last; those that share an input are together."""
-        family = self.family
-        groups = (family.attention[:-1], family.attention[-1:], family.mlp[:-1], family.mlp[-1:])
         blocks = [
-            tuple(f"{family.block(index)}.{layer}" for layer in group)
+            tuple(f"{self.family.block(index)}.{layer}" for layer in group)
             for index in range(self.blocks)
-            for group in groups
+            for group in self._groups()
         ]
-        return [*blocks, (family.head,)]
+        return [*blocks, (self.family.head,)]
+
+    def _groups(self) -> Sequence[tuple[str, ...]]:
+        # Which layers share an input is not known of families that are not described.
+        return [(layer,) for layer in self.family.linears]
+
+
+@dataclass(frozen=True)
+class Decoder(Outline):
+    """A model of a described family, with the arithmetic that its config states.
+
+    `windows` has one entry per block: how many of the latest positions it attends to, or None for all.
+    `rotary_dim` is how many channels of a head are rotated, 0 without rotary embedding; blocks with a
+    window rotate by `local_theta` where it is given. A cap c limits x to c * tanh(x / c).
+    """
+
+    activation: str
+    windows: tuple[int | None, ...]
+    rotary_dim: int
+    query_scale: float
+    local_theta: float | None = None
+    attention_cap: float | None = None
+    logit_cap: float | None = None
+
+    def _groups(self) -> Sequence[tuple[str, ...]]:
+        attention, mlp = self.family.attention, self.family.mlp
+        return (attention[:-1], attention[-1:], mlp[:-1], mlp[-1:])
 
     @property
     def mlp_is_linear_in_up(self) -> bool:

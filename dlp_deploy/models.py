@@ -12,7 +12,6 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer
 
 from .errors import UserError, first_line
-from .families import family_of
 from .gguf_model import gguf_config
 from .gguf_tokenizer import gguf_tokenizer
 from .pypi import SCHEME, fetch_packaged_gguf
@@ -161,7 +160,10 @@ def load_config(files: ModelFiles) -> Any:
         config = AutoConfig.from_pretrained(files.folder)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{files.folder / 'config.json'}: {first_line(error)}") from None
-    family_of(config)
+    # Imported here: names of models must not cost the import of torch.
+    from .outline import require_decoder
+
+    require_decoder(config)
     if getattr(config, "quantization_config", None):
         raise UserError(f"{files.location} is already quantized; give the original checkpoint")
     return config

@@ -145,15 +145,15 @@ def _prune_block(run: Run, index: int, sparsity: float) -> None:
         weight = block.linears[linear].weight.detach()
         known = None if inputs is None else inputs.of(linear)
         pruned = run.method.prune(weight, known, sparsity, run.pattern)
-        keep = pruned.keep.cpu()
+        keep, changed = run.model.as_stored(pruned.keep.cpu()).contiguous(), pruned.weight
         masks[name] = _packed(keep, tensors[name], digests[name])
         kept += int(np.count_nonzero(keep.numpy()))
-        if pruned.weight is None:
+        if changed is None:
             zero_pruned(tensors[name], keep)
         else:
-            tensors[name] = pruned.weight.to("cpu", tensors[name].dtype)
+            tensors[name] = run.model.as_stored(changed).to("cpu", tensors[name].dtype).contiguous()
         # The next block sees what the checkpoint will hold, rounded to its dtype.
-        weight.copy_(tensors[name])
+        weight.copy_(run.model.as_stored(tensors[name]))
     write_shard(run.shard(index + 1), tensors)
     # The digest of the whole model is not known before the last block; the merged file gets it.
     write_masks(run.masks(index), masks, identity_of(run.model.decoder, run.model.checkpoint.location, ""))

@@ -40,8 +40,11 @@ def prune_export(
     graphs = plan_graphs(quant, target, baseline, rounding, block_size, keep_fp32, activations)
     # Imported here: a wrong precision must not cost the import of torch to be told.
     from .export.add import add_graphs
+    from .export.traced import require_exportable
+    from .models import resolve_model
     from .pruning import prune
 
+    require_exportable(resolve_model(model), graphs)
     return prune(
         model,
         sparsity=sparsity,

@@ -19,10 +19,11 @@ from .blocks import BlockModel
 from .calibration import TokenWindows, calibration_windows, stored_windows
 from .checkpoint import open_checkpoint, write_shard
 from .errors import UserError
-from .families import Decoder, decoder_of
+from .families import Outline
 from .journal import PRUNED, RESUMED, SCORED, Journal
 from .masking import method_named, parse_pattern
 from .models import ModelFiles, load_config, load_tokenizer, resolve_model
+from .outline import outline_of
 from .passes import Run, embed, prune_blocks, score_blocks
 from .recipes.plan import plan_of
 from .recipes.ready_made import load_recipe
@@ -99,7 +100,7 @@ def prune(
     Raises UserError for what the user can mend; finished blocks stay usable.
     """
     files = resolve_model(model)
-    decoder = decoder_of(load_config(files))
+    decoder = outline_of(load_config(files))
     plan = _plan(decoder, sparsity, method, allocation, alpha, statistic, pattern, recipe)
     text = Text(calib, nsamples, seqlen, seed)
     if plan.reads_text and seqlen > decoder.max_positions:
@@ -116,7 +117,7 @@ def prune(
 
 
 def _plan(
-    decoder: Decoder,
+    decoder: Outline,
     sparsity: float,
     method: str,
     allocation: str,

@@ -6,15 +6,25 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..artifact import CHECKPOINT, RECIPE, Export, Precision, list_files, read_manifest, write_manifest
+from ..artifact import (
+    CHECKPOINT,
+    RECIPE,
+    Export,
+    Manifest,
+    Precision,
+    list_files,
+    read_manifest,
+    write_manifest,
+)
 from ..errors import UserError
-from ..families import decoder_of
 from ..models import ModelFiles, load_config, resolve_model
+from ..outline import outline_of
 from ..recipes.plan import group_size_of, recipe_from_pruning
 from ..recipes.recipe import write_recipe
 from ..unfinished import LOCK, WORK
 from .plan import Graph
 from .publish import export_graphs
+from .traced import require_exportable
 
 
 def add_graphs(artifact: Path, graphs: Sequence[Graph], dense: ModelFiles | None = None) -> None:
@@ -24,13 +34,13 @@ def add_graphs(artifact: Path, graphs: Sequence[Graph], dense: ModelFiles | None
     Graphs that are there already are kept.
     """
     manifest = read_manifest(artifact)
-    pruned = ModelFiles(manifest.source.name, str(artifact), artifact / CHECKPOINT)
+    pruned = _pruned_files(artifact, manifest)
     if dense is None and any(graph.dense for graph in graphs):
         dense = resolve_model(manifest.source.location)
     exports = export_graphs(artifact, pruned, dense, graphs)
     added = {export.path for export in exports}
     kept = [export for export in manifest.exports if export.path not in added]
-    decoder = decoder_of(load_config(pruned))
+    decoder = outline_of(load_config(pruned))
     static = any(export.activations == "static" for export in exports)
     recipe = recipe_from_pruning(
         manifest.pruning,
@@ -48,8 +58,10 @@ def add_graphs(artifact: Path, graphs: Sequence[Graph], dense: ModelFiles | None
 
 
 def remove_graphs(artifact: Path, graphs: Sequence[Graph], force: bool) -> None:
-    """Make room for `graphs`. Raises UserError when one is there and `force` is not given."""
+    """Make room for `graphs`. Raises UserError when one is there and `force` is not given, or when the
+    model is one that there is no way to export to them."""
     manifest = read_manifest(artifact)
+    require_exportable(_pruned_files(artifact, manifest), graphs)
     there = [graph.folder for graph in graphs if (artifact / graph.folder).exists()]
     if there and not force:
         raise UserError(f"{artifact / there[0]} exists; add --force to replace it")
@@ -61,6 +73,10 @@ def remove_graphs(artifact: Path, graphs: Sequence[Graph], force: bool) -> None:
     write_manifest(artifact, manifest.model_copy(update={"exports": exports, "files": files}))
     for folder in there:
         shutil.rmtree(artifact / folder)
+
+
+def _pruned_files(artifact: Path, manifest: Manifest) -> ModelFiles:
+    return ModelFiles(manifest.source.name, str(artifact), artifact / CHECKPOINT)
 
 
 def _own_precision(exports: Sequence[Export]) -> Precision:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..artifact import EngineName
+from ..families import is_described
 from ..storage import write_json
 from .genai import GENAI_CONFIG, genai_config
 
@@ -30,7 +31,8 @@ def write_companions(folder: Path, checkpoint: Path, config: Any, engine: Engine
     for name in COPIED:
         if (checkpoint / name).is_file():
             shutil.copyfile(checkpoint / name, folder / name)
-    if engine == "onnxruntime":
+    # onnxruntime-genai runs graphs whose past and present are shared buffers only.
+    if engine == "onnxruntime" and is_described(config):
         generation = folder / "generation_config.json"
         stated = json.loads(generation.read_text(encoding="utf-8")) if generation.is_file() else {}
         write_json(folder / GENAI_CONFIG, genai_config(config, stated))

@@ -16,7 +16,7 @@ import torch
 from onnx import TensorProto
 
 from ..checkpoint import Checkpoint
-from ..families import Decoder
+from ..families import Decoder, Outline
 from .activation import activate, soft_cap
 from .graph import GraphWriter
 from .quantize import Grid, Quantized, quantize
@@ -25,7 +25,7 @@ from .quantize import Grid, Quantized, quantize
 class Weights:
     """Float32 arrays of a checkpoint, one at a time, by the names of transformers."""
 
-    def __init__(self, checkpoint: Checkpoint, decoder: Decoder) -> None:
+    def __init__(self, checkpoint: Checkpoint, decoder: Outline) -> None:
         self._checkpoint = checkpoint
         self._names = frozenset(checkpoint.names())
         self._decoder = decoder
@@ -38,7 +38,8 @@ class Weights:
         name = f"{layer}.weight"
         if layer == self._decoder.family.head and name not in self._names:
             name = f"{self._decoder.family.embedding}.weight"
-        return self.array(name)
+        transposed = self._decoder.family.transposed and layer.startswith(f"{self._decoder.family.blocks}.")
+        return self.array(name).T if transposed else self.array(name)
 
     def quantized(self, layer: str, grid: Grid) -> Quantized:
         """The weight of a linear layer on a grid, each value rounded to the nearest level."""

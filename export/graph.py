@@ -6,7 +6,7 @@ in the memory of its largest tensor. The protobuf itself stays far below its 2 G
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,10 @@ class GraphWriter:
         )
         return tuple(outputs)
 
+    def copy(self, node: onnx.NodeProto) -> None:
+        """Add a node of another graph whose edges are all in this one."""
+        self._nodes.append(node)
+
     def slice(self, x: str, start: int, end: int, *, axis: int, name: str) -> str:
         """x[start:end] along one axis."""
         bounds = (self.constant([value]) for value in (start, end, axis))
@@ -115,8 +119,11 @@ class GraphWriter:
         self._initializers.append(tensor)
         return name
 
-    def close(self, description: str) -> Path:
-        """Write model.onnx beside its data and return its path. OSError when the disk is full."""
+    def close(self, description: str, metadata: Mapping[str, str] | None = None) -> Path:
+        """Write model.onnx beside its data and return its path. OSError when the disk is full.
+
+        `metadata` is for those who run the graph.
+        """
         self._data.close()
         graph = helper.make_graph(
             self._nodes, "decoder", self._inputs, self._outputs, self._initializers, doc_string=description
@@ -127,6 +134,7 @@ class GraphWriter:
         model = helper.make_model(
             graph, opset_imports=opsets, ir_version=self.ir_version, producer_name="dlp-deploy"
         )
+        helper.set_model_props(model, dict(metadata or {}))
         path = self.folder / MODEL_FILE
         path.write_bytes(model.SerializeToString())
         return path

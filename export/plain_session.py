@@ -48,6 +48,7 @@ class Session:
             "input_ids": ids[None],
             "attention_mask": np.ones((1, self._done), np.int64),
             "positions": positions[None],
+            "position_ids": positions[None],
             "causal_mask": (np.arange(self._done) <= positions[:, None]).astype(np.int64)[None, None],
         }
         feed = {name: value for name, value in feed.items() if name in self._inputs}

@@ -16,8 +16,9 @@ from ..artifact import CHECKPOINT, Activations, Export, OutputCheck
 from ..bench.engines import engine_named
 from ..bench.environments import list_engines
 from ..checkpoint import Checkpoint, open_checkpoint
-from ..families import Decoder, decoder_of
+from ..families import Outline, decoder_of
 from ..models import ModelFiles, load_config
+from ..outline import outline_of
 from ..progress import progress, say
 from ..storage import naming_full_disk, partial_folder, write_text
 from .calibrated import CalibratedWeights, quantization_text
@@ -59,8 +60,8 @@ class Source:
         return quantization_text(self.files, self.decoder.max_positions)
 
     @cached_property
-    def decoder(self) -> Decoder:
-        return decoder_of(load_config(self.files))
+    def decoder(self) -> Outline:
+        return outline_of(load_config(self.files))
 
     def smoothing(self, graph: Graph) -> Smoothing:
         migration = STATIC_MIGRATION if graph.activations == "static" else MIGRATION
@@ -73,7 +74,8 @@ class Source:
         checkpoint = open_checkpoint(self.files)
         if not graph.int8_inputs:
             return checkpoint
-        return smoothed_checkpoint(checkpoint, self.decoder, self.smoothing(graph))
+        decoder = decoder_of(load_config(self.files))
+        return smoothed_checkpoint(checkpoint, decoder, self.smoothing(graph))
 
     def inputs(self, graph: Graph) -> Int8Inputs | None:
         """How the engine rounds what enters linear layers; None where it is fp32, or the engine's affair."""

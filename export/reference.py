@@ -10,8 +10,8 @@ from safetensors.numpy import load_file, save_file
 
 from ..blocks import logits_of
 from ..calibration import evaluation_windows
-from ..families import decoder_of
 from ..models import ModelFiles, load_config, load_tokenizer
+from ..outline import outline_of
 
 REFERENCE_FILE = "reference.safetensors"
 PROMPT = 64
@@ -35,7 +35,7 @@ def torch_reference(files: ModelFiles) -> Reference:
     The text is the built-in evaluation text, which is never calibrated on: a prompt of 64 tokens and
     32 more, or less in that proportion where the model's positions end earlier.
     """
-    length = min(PROMPT + DECODED, decoder_of(load_config(files)).max_positions)
+    length = min(PROMPT + DECODED, outline_of(load_config(files)).max_positions)
     prompt = length * PROMPT // (PROMPT + DECODED)
     ids = evaluation_windows("builtin", load_tokenizer(files), 1, length).ids
     (logits,) = logits_of(files, ids)

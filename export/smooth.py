@@ -19,7 +19,7 @@ import torch
 
 from ..blocks import Block, BlockModel
 from ..checkpoint import Checkpoint, StoredTensor
-from ..families import Decoder
+from ..families import Decoder, decoder_of
 from ..hidden import HiddenStates
 from ..models import ModelFiles
 from ..progress import progress
@@ -87,7 +87,7 @@ def measure_smoothing(
 ) -> Smoothing:
     """Factors for a checkpoint, from a pass over `ids`, int64 [windows, length]."""
     model = BlockModel(files, checkpoint)
-    decoder = model.decoder
+    decoder = decoder_of(model.config)
     smoothing = Smoothing(migration=migration)
     with TemporaryDirectory(prefix="dlp-deploy-") as folder, progress("Smoothing", decoder.blocks) as advance:
         hidden = HiddenStates(Path(folder) / "hidden", (*ids.shape, decoder.hidden))

@@ -18,7 +18,7 @@ from onnx import numpy_helper
 from ..artifact import OutputCheck
 from ..bench.engines import Engine
 from ..bench.worker import EngineWorker, WorkerError
-from ..families import Decoder
+from ..families import Outline
 from .decoder import Weights, layers_of
 from .graph import DATA_FILE
 
@@ -66,7 +66,7 @@ def check_structure(model: Path) -> None:
         raise VerificationError(f"{model}: {error}") from None
 
 
-def count_zeros(model: Path, weights: Weights, decoder: Decoder) -> ZeroCount:
+def count_zeros(model: Path, weights: Weights, decoder: Outline) -> ZeroCount:
     """Compare the stored integers or floats with the checkpoint, layer by layer.
 
     Raises VerificationError naming the layer in which a pruned weight is not exactly zero.

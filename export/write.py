@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..families import Decoder
-from . import deepsparse, onnxruntime
+from ..families import Decoder, Outline
+from . import deepsparse, onnxruntime, traced
 from .decoder import Linears, Weights, fp32_linears, keeping_fp32, write_decoder
 from .graph import GraphWriter
 from .plan import Graph
@@ -27,7 +27,7 @@ def write_graph(
     folder: Path,
     graph: Graph,
     weights: Weights,
-    decoder: Decoder,
+    decoder: Outline,
     config: Any,
     advance: Callable[[], None],
     kept: Collection[str] = (),
@@ -36,10 +36,16 @@ def write_graph(
     """Write `graph` below `folder`; `advance` is called after each decoder block. Layers in `kept` are fp32.
     `input_scales` are those of static int8 activations, by layer; without, each token has its own.
 
-    Peak memory is the largest tensor in fp32, once as read and once as stored.
+    Peak memory is the largest tensor in fp32, once as read and once as stored; for families that are not
+    described it is the whole model in fp32 and more, see `traced`.
     """
-    tables = tables_by_block(config, decoder, decoder.max_positions)
     linears, notes = _linears(graph, decoder.family.head, input_scales)
+    if not isinstance(decoder, Decoder):
+        writer = GraphWriter(folder, opset=traced.OPSET, ir_version=onnxruntime.IR_VERSION, microsoft=True)
+        traced.write_traced(writer, weights, decoder, config, keeping_fp32(linears, kept), advance)
+        model = writer.close(f"{decoder.family.name} decoder, {graph.label}", traced.METADATA)
+        return Written(model, writer.weight_bytes, writer.opset, (*notes, *traced.NOTES))
+    tables = tables_by_block(config, decoder, decoder.max_positions)
     if graph.engine == "deepsparse":
         writer = GraphWriter(folder, opset=deepsparse.OPSET, ir_version=deepsparse.IR_VERSION)
         dynamic = graph.int8_inputs and input_scales is None

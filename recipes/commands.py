@@ -8,8 +8,8 @@ from pathlib import Path
 
 from ..artifact import MASKS, read_manifest
 from ..errors import UserError
-from ..families import decoder_of
 from ..models import load_config, resolve_model
+from ..outline import outline_of
 from .masked_checkpoint import Applied, apply_masks
 from .masks import open_masks
 from .plan import PruningPlan, check_recipe, plan_of
@@ -50,7 +50,7 @@ def check(recipe: str | Path, model: str | None = None) -> Checked:
     if model is None:
         return Checked(kinds, None, None, tuple(_notes(loaded)))
     files = resolve_model(model)
-    decoder = decoder_of(load_config(files))
+    decoder = outline_of(load_config(files))
     try:
         check_recipe(loaded, decoder)
         plan = plan_of(loaded, decoder) if loaded.prunes() else None

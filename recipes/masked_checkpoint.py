@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 
 from ..checkpoint import Checkpoint, open_checkpoint, shard_name, write_index, write_shard
-from ..families import Decoder, decoder_of
+from ..families import Outline
 from ..models import ModelFiles, load_config, load_tokenizer, resolve_model, save_tokenizer
+from ..outline import outline_of
 from ..progress import progress
 from ..storage import partial_folder, refuse_existing, replace_folder
 from .masks import apply_mask, identity_of, open_masks
@@ -46,7 +47,7 @@ def apply_masks(masks: Path, model: str, output: Path, force: bool = False) -> A
     """
     refuse_existing(output, force)
     files = resolve_model(model)
-    decoder = decoder_of(load_config(files))
+    decoder = outline_of(load_config(files))
     checkpoint = open_checkpoint(files)
     opened = open_masks(masks)
     opened.check_fits(
@@ -78,7 +79,7 @@ def save_checkpoint(model: str, output: Path, force: bool = False) -> Path:
     """
     refuse_existing(output, force)
     files = resolve_model(model)
-    decoder = decoder_of(load_config(files))
+    decoder = outline_of(load_config(files))
     with _new_folder(output) as folder:
         _write_shards("Saving", open_checkpoint(files), decoder, folder, lambda name, weights: weights)
         _copy_companions(files, folder)
@@ -101,7 +102,7 @@ def _new_folder(output: Path) -> Iterator[Path]:
 def _write_shards(
     description: str,
     checkpoint: Checkpoint,
-    decoder: Decoder,
+    decoder: Outline,
     folder: Path,
     change: Callable[[str, torch.Tensor], torch.Tensor],
 ) -> None:
@@ -115,7 +116,7 @@ def _write_shards(
     write_index(folder)
 
 
-def _shards(names: list[str], decoder: Decoder) -> Iterator[list[str]]:
+def _shards(names: list[str], decoder: Outline) -> Iterator[list[str]]:
     """Tensor names shard by shard: those outside the blocks, then each block's."""
     prefixes = [f"{decoder.family.block(index)}." for index in range(decoder.blocks)]
     inside = {name: prefix for prefix in prefixes for name in names if name.startswith(prefix)}

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from ..errors import UserError
-from ..families import Decoder
+from ..families import Outline
 from ..storage import atomic_path, naming_full_disk
 
 FORMAT = "dlp-masks"
@@ -55,7 +55,7 @@ class ModelIdentity:
     norm_epsilon: float
 
 
-def identity_of(decoder: Decoder, name: str, sha256: str) -> ModelIdentity:
+def identity_of(decoder: Outline, name: str, sha256: str) -> ModelIdentity:
     return ModelIdentity(
         name=name,
         sha256=sha256,

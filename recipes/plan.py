@@ -9,7 +9,7 @@ from typing import Any
 
 from ..artifact import Activations, BlockSparsity, Precision, Pruning
 from ..errors import UserError
-from ..families import Decoder, Family
+from ..families import Family, Outline
 from .recipe import (
     BlockPruning,
     ConstantPruningModifier,
@@ -168,7 +168,7 @@ def _quantization_group(
     return {"quantization_modifiers": {"QuantizationModifier": modifier}}
 
 
-def group_size_of(decoder: Decoder) -> int:
+def group_size_of(decoder: Outline) -> int:
     """The largest usual group that divides the inputs of every layer, as the tools demand of int4."""
     inputs = math.gcd(decoder.hidden, decoder.intermediate, decoder.heads * decoder.head_dim)
     return next((size for size in (128, 64, 32) if inputs % size == 0), math.gcd(inputs, 128))
@@ -191,7 +191,7 @@ class PruningPlan:
     owl_lambda: float | None = None
 
 
-def plan_of(recipe: Recipe, decoder: Decoder) -> PruningPlan:
+def plan_of(recipe: Recipe, decoder: Outline) -> PruningPlan:
     """The pruning that `recipe` describes for a model.
 
     Raises UserError when it has none, mixes methods or patterns, gives the linear layers of one block
@@ -212,7 +212,7 @@ def plan_of(recipe: Recipe, decoder: Decoder) -> PruningPlan:
     return PruningPlan(method, pattern, "recipe", math.fsum(sparsities) / len(sparsities), sparsities)
 
 
-def sparsities_of(recipe: Recipe, decoder: Decoder) -> tuple[float, ...]:
+def sparsities_of(recipe: Recipe, decoder: Outline) -> tuple[float, ...]:
     """The sparsity of each decoder block; 0 for a block that the recipe leaves dense.
 
     Raises UserError as `plan_of` does, and when the recipe leaves the sparsities to OWL.
@@ -223,7 +223,7 @@ def sparsities_of(recipe: Recipe, decoder: Decoder) -> tuple[float, ...]:
     return plan.sparsities
 
 
-def weight_sparsities(recipe: Recipe, decoder: Decoder) -> dict[str, float]:
+def weight_sparsities(recipe: Recipe, decoder: Outline) -> dict[str, float]:
     """The sparsity that `recipe` asks of each linear layer ("model.layers.0.mlp.up_proj"), in model order."""
     asked: dict[str, float] = {}
     for place, modifier in _pruning_modifiers(recipe):
@@ -237,7 +237,7 @@ def weight_sparsities(recipe: Recipe, decoder: Decoder) -> dict[str, float]:
     return asked
 
 
-def check_recipe(recipe: Recipe, decoder: Decoder) -> None:
+def check_recipe(recipe: Recipe, decoder: Outline) -> None:
     """Raise UserError, naming the field, unless the recipe fits the model.
 
     Every target of every known modifier must match something, and a list of sparsities must have one
@@ -324,7 +324,7 @@ def _common_pattern(found: list[tuple[str, str]]) -> str:
     return _only(found, "mask_structure")
 
 
-def _per_block(asked: dict[str, float], decoder: Decoder) -> tuple[float, ...]:
+def _per_block(asked: dict[str, float], decoder: Outline) -> tuple[float, ...]:
     outside = dict(asked)
     sparsities = []
     for index in range(decoder.blocks):

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..errors import UserError
-from ..families import Decoder, Family
+from ..families import Decoder, Family, Outline
 
 ALL_LINEAR = ("__ALL__", "__ALL_PRUNABLE__", "__ALL_QUANTIZABLE__")
 
@@ -24,7 +24,7 @@ class Module:
     kind: str
 
 
-def modules_of(decoder: Decoder) -> list[Module]:
+def modules_of(decoder: Outline) -> list[Module]:
     """The modules of a model, in model order: outer ones before inner ones."""
     family = decoder.family
     prefix = _class_prefix(family)
@@ -35,7 +35,8 @@ def modules_of(decoder: Decoder) -> list[Module]:
         Module(family.embedding, family.embedding_class),
         Module(family.blocks, "ModuleList"),
     ]
-    blocks = [module for i in range(decoder.blocks) for module in _modules_of_block(decoder, prefix, i)]
+    inside = _modules_of_block if isinstance(decoder, Decoder) else _linears_of_block
+    blocks = [module for i in range(decoder.blocks) for module in inside(decoder, prefix, i)]
     return [*before, *blocks, Module(family.final_norm, _norm_class(family)), Module(family.head, "Linear")]
 
 
@@ -47,7 +48,15 @@ def _norm_class(family: Family) -> str:
     return "LayerNorm" if family.norm == "layer" else f"{_class_prefix(family)}RMSNorm"
 
 
-def _modules_of_block(decoder: Decoder, prefix: str, index: int) -> Iterator[Module]:
+def _linears_of_block(decoder: Outline, prefix: str, index: int) -> Iterator[Module]:
+    """All that is known of a block whose family is not described; its class cannot be a target."""
+    block = decoder.family.block(index)
+    yield Module(block, "")
+    for layer in decoder.family.linears:
+        yield Module(f"{block}.{layer}", "Linear")
+
+
+def _modules_of_block(decoder: Outline, prefix: str, index: int) -> Iterator[Module]:
     family = decoder.family
     block = family.block(index)
     yield Module(block, f"{prefix}DecoderLayer")
@@ -62,7 +71,7 @@ def _modules_of_block(decoder: Decoder, prefix: str, index: int) -> Iterator[Mod
         yield Module(f"{block}.{norm}", _norm_class(family))
 
 
-def linears_within(module: str, decoder: Decoder) -> list[str]:
+def linears_within(module: str, decoder: Outline) -> list[str]:
     """Names of the linear layers that `module` is or contains, in model order."""
     inside = f"{module}." if module else ""
     return [
@@ -72,7 +81,7 @@ def linears_within(module: str, decoder: Decoder) -> list[str]:
     ]
 
 
-def resolve_targets(targets: str | list[str] | None, decoder: Decoder, place: str) -> list[str]:
+def resolve_targets(targets: str | list[str] | None, decoder: Outline, place: str) -> list[str]:
     """Names of the modules that `targets` match, in model order.
 
     `place` is the field's path, for the UserError when a target matches nothing or is no valid pattern.

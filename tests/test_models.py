@@ -65,9 +65,9 @@ def test_short_name_that_has_a_package_instead() -> None:
 
 def test_unsupported_architecture(llama_folder: Path) -> None:
     config = json.loads((llama_folder / "config.json").read_text())
-    config |= {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}
+    config |= {"architectures": ["BertForMaskedLM"], "model_type": "bert"}
     (llama_folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="GPT2LMHeadModel is not supported; supported are: LlamaForCausalLM"):
+    with pytest.raises(UserError, match="BertForMaskedLM is not supported; supported are decoders that"):
         load_config(resolve_model(str(llama_folder)))
 
 

@@ -26,8 +26,8 @@ class Session:
         # Threads spin between operators of a run but not between runs, when others are measured.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        self._cache = _Cache(self._session, context if prompt else 0)
-        self._window_cache = _Cache(self._session, 0)
+        self._cache = self._new_cache(context if prompt else 0)
+        self._window_cache = self._new_cache(0)
 
     def restart(self) -> None:
         self._cache.restart()
@@ -39,13 +39,18 @@ class Session:
 
     def windows(self, ids: np.ndarray) -> Iterator[np.ndarray]:
         if self._window_cache.length < len(ids):
-            self._window_cache = _Cache(self._session, len(ids))
+            self._window_cache = self._new_cache(len(ids))
         self._window_cache.restart()
         for start in range(0, len(ids), PROMPT_STEP):
             yield self._window_cache.extend(ids[start : start + PROMPT_STEP])
 
+    def _new_cache(self, length: int) -> _SharedCache | _ConcatenatedCache:
+        metadata = self._session.get_modelmeta().custom_metadata_map
+        concatenated = metadata.get("kv_cache") == "concatenated"
+        return (_ConcatenatedCache if concatenated else _SharedCache)(self._session, length)
 
-class _Cache:
+
+class _SharedCache:
     """Keys and values of up to `length` positions, and the bindings that share them with the graph."""
 
     def __init__(self, session: ort.InferenceSession, length: int) -> None:
@@ -57,10 +62,7 @@ class _Cache:
         for past in session.get_inputs():
             if not past.name.startswith("past_key_values."):
                 continue
-            _, heads, _, head_dim = past.shape
-            dtype = np.float16 if past.type == "tensor(float16)" else np.float32
-            buffer = ort.OrtValue.ortvalue_from_numpy(np.zeros((1, heads, length, head_dim), dtype=dtype))
-            present = past.name.replace("past_key_values.", "present.")
+            buffer, present = _zeros(past, length), _present(past.name)
             if present not in presents:
                 raise ValueError(f"the graph has {past.name} but no output {present}")
             self._binding.bind_ortvalue_input(past.name, buffer)
@@ -73,11 +75,62 @@ class _Cache:
 
     def extend(self, ids: np.ndarray) -> np.ndarray:
         """Logits float32 [n, vocabulary] of ids int64 [n] after the cached positions."""
-        self.done += len(ids)
-        if self.done > self.length:
-            raise ValueError(f"{self.done} tokens do not fit in a context of {self.length}")
+        self.done = _end(self.done, ids, self.length)
         self._binding.bind_cpu_input("input_ids", ids[None])
         self._binding.bind_cpu_input("attention_mask", self._mask[:, : self.done])
         self._binding.bind_output("logits", "cpu")
         self._session.run_with_iobinding(self._binding)
         return self._binding.get_outputs()[-1].numpy()[0]
+
+
+class _ConcatenatedCache:
+    """Keys and values in a graph that copies them with the new ones into buffers of its own."""
+
+    def __init__(self, session: ort.InferenceSession, length: int) -> None:
+        self._session, self.length = session, length
+        self._inputs = {entry.name for entry in session.get_inputs()}
+        self._empty = {
+            past.name: _zeros(past, 0)
+            for past in session.get_inputs()
+            if past.name.startswith("past_key_values.")
+        }
+        self.restart()
+
+    def restart(self) -> None:
+        self.done, self._past = 0, self._empty
+
+    def extend(self, ids: np.ndarray) -> np.ndarray:
+        """Logits float32 [n, vocabulary] of ids int64 [n] after the cached positions."""
+        start, self.done = self.done, _end(self.done, ids, self.length)
+        feed = {
+            "input_ids": ids[None],
+            "attention_mask": np.ones((1, self.done), dtype=np.int64),
+            "position_ids": np.arange(start, self.done, dtype=np.int64)[None],
+        }
+        binding = self._session.io_binding()
+        for name in self._inputs.intersection(feed):
+            binding.bind_cpu_input(name, feed[name])
+        for name, value in self._past.items():
+            binding.bind_ortvalue_input(name, value)
+        for name in ("logits", *map(_present, self._past)):
+            binding.bind_output(name, "cpu")
+        self._session.run_with_iobinding(binding)
+        logits, *presents = binding.get_outputs()
+        self._past = dict(zip(self._past, presents, strict=True))
+        return logits.numpy()[0]
+
+
+def _zeros(past: ort.NodeArg, length: int) -> ort.OrtValue:
+    _, heads, _, head_dim = past.shape
+    dtype = np.float16 if past.type == "tensor(float16)" else np.float32
+    return ort.OrtValue.ortvalue_from_numpy(np.zeros((1, heads, length, head_dim), dtype=dtype))
+
+
+def _present(past: str) -> str:
+    return past.replace("past_key_values.", "present.")
+
+
+def _end(start: int, ids: np.ndarray, length: int) -> int:
+    if start + len(ids) > length:
+        raise ValueError(f"{start + len(ids)} tokens do not fit in a context of {length}")
+    return start + len(ids)

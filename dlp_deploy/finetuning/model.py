@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 
-from ..blocks import BlockModel, model_without_weights
+from ..blocks import BlockModel
 from ..checkpoint import open_checkpoint
 from ..errors import UserError
-from ..families import Decoder
+from ..families import Outline
 from ..models import ModelFiles, load_tokenizer
+from ..weightless import model_without_weights
 
 
 def load_model(files: ModelFiles, linears: torch.dtype | None) -> Any:
@@ -21,7 +22,7 @@ def load_model(files: ModelFiles, linears: torch.dtype | None) -> Any:
     """
     checkpoint = open_checkpoint(files)
     described = BlockModel(files, checkpoint)
-    model: Any = model_without_weights(described.config, described.decoder)
+    model: Any = model_without_weights(described.config)
     state = {name: checkpoint.tensor(name) for name in described.names()}
     for name, tensor in state.items():
         if not is_block_linear(name, described.decoder):
@@ -34,7 +35,7 @@ def load_model(files: ModelFiles, linears: torch.dtype | None) -> Any:
     return model
 
 
-def is_block_linear(name: str, decoder: Decoder) -> bool:
+def is_block_linear(name: str, decoder: Outline) -> bool:
     """Whether a tensor is the weight of a prunable linear layer."""
     family = decoder.family
     return name.startswith(f"{family.blocks}.") and name.endswith(

@@ -53,21 +53,22 @@ def open_pruned(model: str, masks: Path | None, dense: ModelFiles | None, work: 
     if (Path(model) / MANIFEST).is_file():
         return _open_artifact(Path(model), masks)
     files = resolve_model(model)
+    decoder = decoder_of(load_config(files))
     shape = BlockModel(files, open_checkpoint(files))
     path = masks or work / MASKS
     if masks is None and not path.is_file():
         _write_masks_of_zeros(shape, files, path)
-    opened = _checked(path, files, shape.decoder, shape.checkpoint)
+    opened = _checked(path, files, decoder, shape.checkpoint)
     origin = dense or files
     source = Source(
         name=origin.name,
         location=origin.location,
         architecture=shape.config.architectures[0],
         sha256=opened.model.sha256,
-        blocks=shape.decoder.blocks,
+        blocks=decoder.blocks,
         parameters=shape.parameters(),
     )
-    return PrunedModel(files, shape.decoder, shape.checkpoint, opened, source, _found(shape, opened))
+    return PrunedModel(files, decoder, shape.checkpoint, opened, source, _found(shape, opened))
 
 
 def is_artifact(model: str) -> bool:

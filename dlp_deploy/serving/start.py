@@ -10,8 +10,8 @@ from ..bench.machine import choose_cores
 from ..bench.worker import EngineWorker
 from ..errors import UserError
 from ..export.graph import MODEL_FILE
-from ..families import decoder_of
 from ..models import ModelFiles, load_config
+from ..outline import outline_of
 from ..progress import say
 from .codec import open_codec
 from .server import bound_socket, run, termination_as_interrupt
@@ -63,7 +63,7 @@ def _graph(folder: Path, engine: str, precision: str | None) -> Path:
 
 
 def _positions(files: ModelFiles, asked: int | None) -> int:
-    most = decoder_of(load_config(files)).max_positions
+    most = outline_of(load_config(files)).max_positions
     if asked is not None and not 2 <= asked <= most:
         raise UserError(f"--context {asked}: this model takes 2 to {most} tokens")
     return asked or min(DEFAULT_CONTEXT, most)
