@@ -185,7 +185,12 @@ def export(
     activations: Activations = "dynamic",
     force: Force = False,
 ) -> None:
-    """The second half of prune-export: add verified ONNX graphs to an artifact."""
+    """The second half of prune-export: add verified ONNX graphs to an artifact.
+
+    Weights are streamed for the families that are described here. Other decoders (GPT-NeoX, GPT-2, Falcon,
+    StableLM, ...) go to ONNX Runtime alone, through optimum's exporter, which holds the whole model in memory
+    about three times in fp32.
+    """
     options = locals().copy()
     from . import export
 
