@@ -189,7 +189,7 @@ def export(
 
     Weights are streamed for the families that are described here. Other decoders (GPT-NeoX, GPT-2, Falcon,
     StableLM, ...) go to ONNX Runtime alone, through optimum's exporter, which holds the whole model in memory
-    about three times in fp32.
+    in fp32, more than four times over.
     """
     options = locals().copy()
     from . import export

@@ -42,8 +42,8 @@ from .quantize import Grid, Quantized
 OPSET = 17
 TASK = "text-generation-with-past"
 PRODUCTS = ("MatMul", "Gemm")
-# How often the exporter holds the weights in float32 at its peak, as measured.
-COPIES = 3
+# Peak memory over that of the weights in float32, as measured on a GPT-NeoX of 55 million parameters.
+COPIES = 4.5
 GIB = 1 << 30
 # Read by the worker that runs the graph: past and present are no shared buffers.
 METADATA = {"kv_cache": "concatenated"}
