@@ -28,8 +28,9 @@ def bench(
 ) -> Report:
     """Measure `artifact` (None: the newest below ./artifacts) and write a report.
 
-    `engine` is a name, a comma-separated list, or "all" (what is installed); `baseline` a list of the
-    precisions of dense ONNX Runtime models, "none", or None for all that the artifact holds. `cores`
+    `engine` is a name, a comma-separated list, or "all" (what is installed); `baseline` a list of
+    dense models by precision (int8: in ONNX Runtime; llamacpp-int8: in llama.cpp), "none", or None for all
+    that the artifact holds and an installed engine runs. `cores`
     are physical ones, one thread on each (None: all). The KV cache has room for `context` positions
     (None: prompt and new tokens); what prompt and new tokens leave of it is filled before the clock
     starts, so that decoding is timed at that depth. Perplexity is taken on `eval_windows` windows of

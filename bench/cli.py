@@ -41,13 +41,13 @@ def run(
     artifact: Annotated[
         Path | None, typer.Argument(help="Artifact folder. Default: the newest below ./artifacts.")
     ] = None,
-    engine: Annotated[str, typer.Option(help="deepsparse, onnxruntime, torch, a list, or all installed.")] = (
+    engine: Annotated[str, typer.Option(help="deepsparse, onnxruntime, llamacpp, torch, a list, or all.")] = (
         "deepsparse"
     ),
     cores: Cores = None,
     baseline: Annotated[
         str | None,
-        typer.Option(help="Dense ONNX Runtime precisions to compare with, or none. Default: all there are."),
+        typer.Option(help="Dense models to compare with, e.g. int8,llamacpp-int8, or none. Default: all."),
     ] = None,
     prompt_tokens: PromptTokens = 128,
     new_tokens: NewTokens = 64,
@@ -84,10 +84,10 @@ def sweep(
         str, typer.Option(help="Precisions to measure each in: fp32, int8, int4.")
     ] = "fp32,int8",
     engine: Annotated[
-        str, typer.Option(help="Of the sparse model: deepsparse or onnxruntime.")
+        str, typer.Option(help="Of the sparse model: deepsparse, onnxruntime or llamacpp.")
     ] = "deepsparse",
     baseline: Annotated[
-        str, typer.Option(help="Dense ONNX Runtime precisions beside each point, or none.")
+        str, typer.Option(help="Dense models beside each point, e.g. fp32,llamacpp-int4, or none.")
     ] = "fp32,int8,int4",
     blocks: Annotated[
         int | None,

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..artifact import CHECKPOINT, Export, Manifest
 from ..errors import UserError
+from ..export.plan import BASELINE_ENGINES, baseline_name
+from ..progress import say
 from .engines import Engine, engine_named, engines
 from .environments import interpreter, list_engines
-
-MODEL = "model.onnx"
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ class Candidate:
 
 
 def plan_runs(artifact: Path, manifest: Manifest, engine: str, baseline: str | None) -> tuple[Candidate, ...]:
-    """Dense baselines in ONNX Runtime first, then the sparse exports of each engine asked for.
+    """Dense baselines first, then the sparse exports of each engine asked for.
 
     `engine` is a name, a comma-separated list or "all" (what is installed and exported for); `baseline`
-    a comma-separated list of precisions, "none", or None for all that the artifact holds. Raises
-    UserError for what is unknown, not installed or not in the artifact.
+    a comma-separated list such as "fp32,llamacpp-int8", "none", or None for all that the artifact holds
+    and an installed engine runs. Raises UserError for what is unknown, not installed or not in the artifact.
     """
     dense = _baselines(artifact, manifest, baseline)
     sparse = [
@@ -78,20 +78,25 @@ def _engines(manifest: Manifest, names: str) -> list[Engine]:
 def _sparse_runs(artifact: Path, manifest: Manifest, engine: Engine) -> list[Candidate]:
     if engine.reads == CHECKPOINT:
         return [_checkpoint_run(artifact, manifest, engine)]
-    found = [e for e in manifest.exports if e.engine == engine.name and not e.dense]
+    found = [export for export in manifest.exports if export.engine == engine.name]
     if not found:
         has = sorted({export.engine for export in manifest.exports if not export.dense})
         raise UserError(
             f"{artifact} has no graphs for {engine.name} (it has {', '.join(has) or 'none'}); "
-            f"add them with: dlp-deploy export {artifact} --target {engine.name}"
+            f"add them with: dlp-deploy export {artifact} --target {engine.name} --baseline none"
         )
-    return [_graph_run(artifact, manifest, export, engine) for export in found]
+    # An engine may be there for its dense baselines alone.
+    return [_graph_run(artifact, manifest, export, engine) for export in found if not export.dense]
 
 
 def _baselines(artifact: Path, manifest: Manifest, precisions: str | None) -> list[Candidate]:
-    found: dict[str, Export] = {export.precision: export for export in manifest.exports if export.dense}
+    dense = sorted(
+        (export for export in manifest.exports if export.dense),
+        key=lambda export: BASELINE_ENGINES.index(export.engine),
+    )
+    found: dict[str, Export] = {baseline_name(export.engine, export.precision): export for export in dense}
     if precisions is None:
-        wanted: Sequence[str] = list(found)
+        wanted: Sequence[str] = _installed(found)
     elif precisions == "none":
         wanted = ()
     else:
@@ -100,9 +105,18 @@ def _baselines(artifact: Path, manifest: Manifest, precisions: str | None) -> li
         if precision not in found:
             raise UserError(
                 f"{artifact} has no dense {precision} baseline (it has {', '.join(found) or 'none'}); "
-                f"add it with: dlp-deploy export {artifact} --baseline {precision}"
+                f"add it with: dlp-deploy export {artifact} --target none --baseline {precision}"
             )
     return [_graph_run(artifact, manifest, found[name], engine_named(found[name].engine)) for name in wanted]
+
+
+def _installed(baselines: Mapping[str, Export]) -> list[str]:
+    """Those whose engine is there; the others are said to be left out."""
+    status = {status.engine.name: status for status in list_engines()}
+    for name, export in baselines.items():
+        if status[export.engine].python is None:
+            say(f"The dense baseline {name} is left out; to measure it: {status[export.engine].advice}")
+    return [name for name, export in baselines.items() if status[export.engine].python]
 
 
 def _graph_run(artifact: Path, manifest: Manifest, export: Export, engine: Engine) -> Candidate:
@@ -114,7 +128,7 @@ def _graph_run(artifact: Path, manifest: Manifest, export: Export, engine: Engin
         precision=export.precision,
         dense=export.dense,
         sparsity=export.sparsity,
-        model=folder / MODEL,
+        model=folder / engine.model_file,
         reference=folder,
         weight_bytes=export.weight_bytes,
         notes=export.notes,

@@ -24,7 +24,7 @@ from ..artifact import EngineName, Precision
 from ..blocks import logits_of
 from ..checkpoint import Checkpoint, StoredTensor
 from ..export.decoder import Weights
-from ..export.plan import Graph
+from ..export.plan import GGUF_BLOCK, Graph
 from ..export.reference import Reference
 from ..export.write import Written, write_graph
 from ..families import Decoder, decoder_of
@@ -109,7 +109,9 @@ def graph_bytes(config: Any, engine: EngineName, precision: Precision, block_siz
     products = weights if decoder.tied_embeddings else weights - table
     if grid is None:
         return 4 * (table + products)
-    # DeepSparse knows no container smaller than int8.
+    # DeepSparse knows no container smaller than int8; llama.cpp's scales are float16, and its table int8.
+    if engine == "llamacpp":
+        return round(1.0625 * table + (grid.bits / 8 + 2 / GGUF_BLOCK) * products)
     per_weight = 1.0 if engine == "deepsparse" else grid.bits / 8 + 4 / block_size
     return round(4 * table + per_weight * products)
 

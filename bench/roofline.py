@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Literal
 
 import onnx
+from gguf import GGMLQuantizationType
 from onnx import helper
 
 from ..families import Outline
+from ..gguf_header import read_header
 from .measure import Outcome, Workload
 from .report import Environment, Roofline
 
@@ -46,6 +48,8 @@ def traffic_of(outcome: Outcome, decoder: Outline) -> Traffic:
     candidate = outcome.candidate
     if not candidate.model.is_file():
         return _checkpoint_traffic(candidate.weight_bytes, decoder)
+    if candidate.model.suffix == ".gguf":
+        return gguf_traffic(candidate.model, decoder)
     return graph_traffic(
         candidate.model, decoder, candidate.sparsity if candidate.engine.skips_zeros else 0.0
     )
@@ -70,6 +74,20 @@ def graph_traffic(model: Path, decoder: Outline, skipped: float = 0.0) -> Traffi
         position_bytes=sum(_position_bytes(value) for value in graph.input),
         position_operations=_attention_operations(decoder),
         estimated=skipped > 0,
+    )
+
+
+def gguf_traffic(model: Path, decoder: Outline) -> Traffic:
+    """That of a GGUF file: all of it, zeros too, but the embedding unless it is the head as well. The cache
+    is in float16, or in float32 for a file of float32."""
+    tensors = read_header(model).tensors
+    is_float = all(tensor.quantization == GGMLQuantizationType.F32 for tensor in tensors.values())
+    read = [t for t in tensors.values() if t.name != "token_embd.weight" or "output.weight" not in tensors]
+    return Traffic(
+        weight_bytes=sum(tensor.bytes for tensor in read),
+        operations=2 * sum(prod(tensor.shape) for tensor in read if len(tensor.shape) == 2),
+        position_bytes=2 * (4 if is_float else 2) * decoder.blocks * decoder.kv_heads * decoder.head_dim,
+        position_operations=_attention_operations(decoder),
     )
 
 

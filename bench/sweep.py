@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 
 from ..artifact import Precision
 from ..errors import UserError
+from ..export.plan import split_baselines
 from ..export.reference import REFERENCE_FILE, Reference, read_reference, write_reference
 from ..export.verify import VerificationError, graph_logits
 from ..families import decoder_of
@@ -25,7 +26,7 @@ from .engines import engine_named
 from .extrapolate import extrapolate
 from .machine import describe_machine
 from .measure import Outcome, measure
-from .plan import MODEL, Candidate
+from .plan import Candidate
 from .points import Point, append_point, latest, read_points
 from .random_model import FAST_BLOCK, RandomModel
 from .report import Environment, Report, Run
@@ -66,9 +67,10 @@ def sweep(
 
     `shape` is a built-in name (llama2-7b, tinyllama-1.1b, ...) or a folder with a config.json. The sparse
     model runs in `engine`; beside each point, in the same rounds, run the dense `baseline` models in ONNX
-    Runtime. With `blocks`, that many decoder blocks and half as many are measured and the whole model is
-    extrapolated; without, so are only the models that memory does not hold. `block_size` weights share a
-    scale in ONNX Runtime's int8 and int4; 128 is fastest. Graphs are written beside the output and deleted.
+    Runtime, or in llama.cpp where it is named (llamacpp-int8). With `blocks`, that many decoder blocks and
+    half as many are measured and the whole model is extrapolated; without, so are only the models that
+    memory does not hold. `block_size` weights share a scale in ONNX Runtime's int8 and int4; 128 is
+    fastest. Graphs are written beside the output and deleted.
 
     Each finished point is appended to `output` (sweep-<shape>.jsonl unless told), and points that are
     there already are not measured again, unless `force` starts anew; .md, .csv, .png and .svg are written
@@ -80,7 +82,7 @@ def sweep(
         sparsities=parse_sparsities(sparsity),
         quants=parse_precisions(quant, "--quant"),
         engine=parse_engine(engine),
-        baselines=() if baseline == "none" else parse_precisions(baseline, "--baseline"),
+        baselines=split_baselines(baseline),
         blocks=blocks,
         block_size=block_size,
         seed=seed,
@@ -174,7 +176,7 @@ class _Graphs:
         folder, random = self._folder / name, self._plan.model(count, model.sparsity)
         with naming_full_disk(folder):
             written = random.write(folder, model.engine, model.precision)
-            self._write_reference(folder, random, model.precision)
+            self._write_reference(folder, random, written.model, model.precision)
         return Candidate(
             name=name,
             engine=engine_named(model.engine),
@@ -187,11 +189,11 @@ class _Graphs:
             notes=written.notes,
         )
 
-    def _write_reference(self, folder: Path, random: RandomModel, precision: Precision) -> None:
+    def _write_reference(self, folder: Path, random: RandomModel, graph: Path, precision: Precision) -> None:
         reference = self._torch_reference(random)
-        if precision != "fp32":
+        if precision != "fp32" and graph.suffix == ".onnx":
             try:
-                logits = graph_logits(folder / MODEL, reference.ids, reference.prompt)
+                logits = graph_logits(graph, reference.ids, reference.prompt)
                 reference = replace(reference, graph_logits=logits)
             except VerificationError as error:
                 # Such as a lack of memory; outputs are then held against torch alone.

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..artifact import EngineName, Precision
 from ..errors import UserError
-from ..export.plan import BLOCK_SIZES, split_list
+from ..export.plan import BLOCK_SIZES, baseline_of, split_list
 from ..families import decoder_of
 from .engines import engine_named
 from .environments import interpreter
@@ -48,7 +48,8 @@ class SweepPlan:
     sparsities: tuple[float, ...]
     quants: tuple[Precision, ...]
     engine: EngineName
-    baselines: tuple[Precision, ...]
+    # Names as --baseline takes them: fp32, llamacpp-int8.
+    baselines: tuple[str, ...]
     blocks: int | None
     block_size: int
     seed: int
@@ -63,7 +64,7 @@ class SweepPlan:
             raise UserError(
                 f"--block-size {self.block_size}: ONNX Runtime takes {', '.join(map(str, BLOCK_SIZES))}"
             )
-        for name in (self.engine, "onnxruntime"):
+        for name in {self.engine, "onnxruntime", *(baseline_of(name)[0] for name in self.baselines)}:
             interpreter(engine_named(name))
 
     @cached_property
@@ -92,8 +93,8 @@ class SweepPlan:
 
     def baseline_models(self) -> list[PlannedModel]:
         return [
-            self._planned(f"onnxruntime-{precision}-dense", "onnxruntime", precision, 0.0, dense=True)
-            for precision in self.baselines
+            self._planned(f"{engine}-{precision}-dense", engine, precision, 0.0, dense=True)
+            for engine, precision in map(baseline_of, self.baselines)
         ]
 
     def sparse_model(self, quant: Precision, sparsity: float) -> PlannedModel:

@@ -8,8 +8,10 @@
       <engine>/                      the sparse graph in the asked precision, tokenizer and config
       <engine>-<precision>/          further precisions, when several were asked for
       baseline/<precision>/          the dense model in ONNX Runtime, for comparison
+      baseline/llamacpp-<precision>/ the same in llama.cpp
 
-A graph folder holds model.onnx, model.onnx.data and reference.safetensors (what its logits should be).
+A graph folder holds model.onnx and model.onnx.data, or model.gguf for llama.cpp, and reference.safetensors
+(what its logits should be).
 
 Every file is listed with its size and SHA-256, so that a truncated copy is recognized.
 """
@@ -32,7 +34,7 @@ CHECKPOINT = "checkpoint"
 MASKS = "masks.safetensors"
 RECIPE = "recipe.yaml"
 
-EngineName = Literal["deepsparse", "onnxruntime"]
+EngineName = Literal["deepsparse", "onnxruntime", "llamacpp"]
 Precision = Literal["fp32", "int8", "int4"]
 Activations = Literal["dynamic", "static"]
 
@@ -138,7 +140,7 @@ class OutputCheck(_Stored):
 
 
 class Export(_Stored):
-    """One ONNX graph of the artifact, in folder `path`.
+    """One graph of the artifact, in folder `path`; `opset` is None for one that is not ONNX.
 
     `sparsity` is the share of zeros counted in the exported block weights; it exceeds that of the
     masks by `rounded_to_zero`, the share of kept weights that quantization made zero. `rounding` is
@@ -154,7 +156,7 @@ class Export(_Stored):
     sparsity: float
     rounded_to_zero: float
     weight_bytes: int
-    opset: int
+    opset: int | None = None
     rounding: str | None = None
     block_size: int | None = None
     kept_fp32: tuple[str, ...] = ()

@@ -79,9 +79,14 @@ Quant = Annotated[
     str,
     typer.Option(help="Precisions of the sparse graphs: fp32, int8, int4; the first is the artifact's own."),
 ]
-Targets = Annotated[str, typer.Option(help="Engines to export for: deepsparse, onnxruntime.")]
+Targets = Annotated[
+    str, typer.Option(help="Engines to export for: deepsparse, onnxruntime, llamacpp; or none.")
+]
 Baseline = Annotated[
-    str, typer.Option(help="Dense graphs for comparison in ONNX Runtime: fp32, int8, int4, or none.")
+    str,
+    typer.Option(
+        help="Dense graphs for comparison: fp32, int8, int4 (ONNX Runtime), llamacpp-int8, ..., or none."
+    ),
 ]
 Rounding = Annotated[
     str,
@@ -203,7 +208,7 @@ app.command()(finetune)
 @app.command("eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help="An artifact folder, or with torch any model.")],
-    engine: Annotated[str, typer.Option(help="torch, onnxruntime or deepsparse.")] = "torch",
+    engine: Annotated[str, typer.Option(help="torch, onnxruntime, deepsparse or llamacpp.")] = "torch",
     data: Annotated[
         str, typer.Option(help="wikitext2, ptb, c4, builtin (offline), or a file.")
     ] = "wikitext2",
@@ -234,7 +239,7 @@ def evaluate(
 @app.command()
 def serve(
     artifact: Annotated[Path, typer.Argument(help="Artifact folder.")],
-    engine: Annotated[str, typer.Option(help="onnxruntime or deepsparse.")] = "onnxruntime",
+    engine: Annotated[str, typer.Option(help="onnxruntime, deepsparse or llamacpp.")] = "onnxruntime",
     precision: Annotated[str | None, typer.Option(help="Which graph. Default: the artifact's own.")] = None,
     cores: Annotated[int | None, typer.Option(help="Physical cores. Default: all.")] = None,
     context: Annotated[

@@ -54,9 +54,9 @@ def evaluate(
     """Perplexity of `model` on `data`, in consecutive windows without overlap.
 
     `model` is an artifact folder, or with engine "torch" anything that prune takes. `engine` is torch
-    (the checkpoint, fp32, block by block), onnxruntime or deepsparse (the artifact's graphs). `precision`
-    chooses among an artifact's graphs, `dense` its baseline. `seqlen` defaults to the model's positions,
-    at most 2048. Raises UserError when the text is out of reach or shorter than one window.
+    (the checkpoint, fp32, block by block), onnxruntime, deepsparse or llamacpp (the artifact's graphs).
+    `precision` chooses among an artifact's graphs, `dense` its baseline. `seqlen` defaults to the model's
+    positions, at most 2048. Raises UserError when the text is out of reach or shorter than one window.
     """
     folder = Path(model)
     files = _files(model, folder)
@@ -85,7 +85,7 @@ def _graph(folder: Path, engine: str, precision: str | None, dense: bool) -> tup
     for export in manifest.exports:
         if (export.engine, export.dense) == (engine, dense) and precision in (None, export.precision):
             check_files(folder, manifest, (export.path + "/",))
-            return export.precision, folder / export.path / "model.onnx"
+            return export.precision, folder / export.path / engine_named(engine).model_file
     has = ", ".join(f"{e.engine} {e.precision}{' dense' if e.dense else ''}" for e in manifest.exports)
     raise UserError(
         f"{folder} has no such graph for {engine}; it has: {has or 'none'}; add one with: dlp-deploy export"

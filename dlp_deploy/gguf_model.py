@@ -23,6 +23,9 @@ from .gguf_header import TensorInfo, read_header
 # llama.cpp calls Mistral's architecture "llama" as well: without a sliding window they are one.
 ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 
+# What scaled rotary embeddings divide their frequencies by.
+ROPE_FACTORS = "rope_freqs.weight"
+
 CONFIG_KEYS = {
     "context_length": "max_position_embeddings",
     "block_count": "num_hidden_layers",
@@ -83,7 +86,7 @@ def _family(architecture: str) -> Family:
 
 def _refuse_scaled_rope(path: Path, architecture: str, tensors: set[str]) -> None:
     kind = metadata(path, f"{architecture}.rope.scaling.type", "none")
-    if kind != "none" or "rope_freqs.weight" in tensors:
+    if kind != "none" or ROPE_FACTORS in tensors:
         raise UserError(
             f"{path}: scaled rotary embeddings cannot be read from GGUF; use the safetensors checkpoint"
         )
@@ -134,6 +137,8 @@ def gguf_tensors(path: Path, decoder: Decoder) -> Iterator[GGUFTensor]:
     """The file's tensors under their Hugging Face names. Raises UserError for one that has no such name."""
     permuted = metadata(path, "general.architecture") == "llama"
     for info in read_header(path).tensors.values():
+        if info.name == ROPE_FACTORS:
+            continue
         kind = info.name.split(".")[-2]
         heads = {"attn_q": decoder.heads, "attn_k": decoder.kv_heads}.get(kind, 0)
         name = _hf_name(info.name, decoder.family, path)
@@ -146,13 +151,14 @@ def _hf_name(name: str, family: Family, path: Path) -> str:
     if stem in outside:
         return f"{outside[stem]}.{suffix}"
     match = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
-    module = _block_modules(family).get(match[2]) if match else None
+    module = block_modules(family).get(match[2]) if match else None
     if match is None or module is None:
         raise UserError(f"{path}: tensor {name} has no place in a {family.name} model")
     return f"{family.block(int(match[1]))}.{module}.{suffix}"
 
 
-def _block_modules(family: Family) -> dict[str, str]:
+def block_modules(family: Family) -> dict[str, str]:
+    """The modules of a block in the order of the forward pass, by the names that GGUF has for them."""
     query, key, value, output = family.attention
     gate, up, down = family.mlp
     modules = {

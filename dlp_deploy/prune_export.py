@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .export.plan import plan_graphs
+from .export.plan import plan_graphs, require_engines
 
 
 def prune_export(
@@ -38,6 +38,7 @@ def prune_export(
     last finished block or graph. Raises UserError for what the user can mend.
     """
     graphs = plan_graphs(quant, target, baseline, rounding, block_size, keep_fp32, activations)
+    require_engines(graphs)
     # Imported here: a wrong precision must not cost the import of torch to be told.
     from .export.add import add_graphs
     from .export.traced import require_exportable

@@ -19,7 +19,8 @@ def export(
     """Add ONNX graphs to an artifact that prune made, and return its folder.
 
     `quant` lists precisions (fp32, int8, int4), the first being the artifact's own; `target` the
-    engines; `baseline` the precisions of the dense model for ONNX Runtime, or "none". `rounding` is
+    engines, or is "none"; `baseline` the precisions of the dense model for ONNX Runtime (int8) or
+    llama.cpp (llamacpp-int8), or "none". `rounding` is
     "gptq" (chosen on text, so that errors make up for each other) or "nearest" (at once, and in less
     memory); `block_size` is how many inputs share a scale in ONNX Runtime. `keep_fp32` names the layers
     of the sparse graphs that are not quantized, as patterns, or is "auto": those that lose most for their
@@ -32,10 +33,11 @@ def export(
     """
     # Imported here: naming a precision must not cost the import of torch.
     from .add import add_graphs, remove_graphs
-    from .plan import plan_graphs
+    from .plan import plan_graphs, require_engines
 
     folder = Path(artifact)
     graphs = plan_graphs(quant, target, baseline, rounding, block_size, keep_fp32, activations)
+    require_engines(graphs)
     remove_graphs(folder, graphs, force)
     add_graphs(folder, graphs)
     return folder

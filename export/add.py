@@ -20,7 +20,7 @@ from ..errors import UserError
 from ..models import ModelFiles, load_config, resolve_model
 from ..outline import outline_of
 from ..recipes.plan import group_size_of, recipe_from_pruning
-from ..recipes.recipe import write_recipe
+from ..recipes.recipe import Recipe, write_recipe
 from ..unfinished import LOCK, WORK
 from .plan import Graph
 from .publish import export_graphs
@@ -40,16 +40,8 @@ def add_graphs(artifact: Path, graphs: Sequence[Graph], dense: ModelFiles | None
     exports = export_graphs(artifact, pruned, dense, graphs)
     added = {export.path for export in exports}
     kept = [export for export in manifest.exports if export.path not in added]
-    decoder = outline_of(load_config(pruned))
-    static = any(export.activations == "static" for export in exports)
-    recipe = recipe_from_pruning(
-        manifest.pruning,
-        decoder.family,
-        _own_precision(exports),
-        group_size_of(decoder),
-        "static" if static else "dynamic",
-    )
-    write_recipe(artifact / RECIPE, recipe)
+    if any(not export.dense for export in exports):
+        write_recipe(artifact / RECIPE, _recipe(manifest, pruned, exports))
     known = [file for file in manifest.files if file.path != RECIPE]
     files = tuple(
         file for file in list_files(artifact, known) if not file.path.startswith((f"{WORK}/", LOCK))
@@ -77,6 +69,19 @@ def remove_graphs(artifact: Path, graphs: Sequence[Graph], force: bool) -> None:
 
 def _pruned_files(artifact: Path, manifest: Manifest) -> ModelFiles:
     return ModelFiles(manifest.source.name, str(artifact), artifact / CHECKPOINT)
+
+
+def _recipe(manifest: Manifest, pruned: ModelFiles, exports: Sequence[Export]) -> Recipe:
+    """The pruning, and the quantization of the sparse graphs."""
+    decoder = outline_of(load_config(pruned))
+    static = any(export.activations == "static" for export in exports)
+    return recipe_from_pruning(
+        manifest.pruning,
+        decoder.family,
+        _own_precision(exports),
+        group_size_of(decoder),
+        "static" if static else "dynamic",
+    )
 
 
 def _own_precision(exports: Sequence[Export]) -> Precision:

@@ -33,6 +33,10 @@ class Weights:
     def array(self, name: str) -> np.ndarray:
         return self._checkpoint.tensor(name).to(torch.float32).numpy()
 
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """The shape of a tensor, None where there is none of this name."""
+        return self._checkpoint.shape(name) if name in self._names else None
+
     def linear(self, layer: str) -> np.ndarray:
         """Weight [out, in] of a linear layer; of the embedding where the head is tied to it."""
         name = f"{layer}.weight"

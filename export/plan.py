@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from ..artifact import Activations, EngineName, Precision
+from ..bench.engines import engine_named
+from ..bench.environments import interpreter
 from ..errors import UserError
 from .quantize import Grid
 
@@ -15,6 +17,10 @@ Rounding = Literal["gptq", "nearest"]
 # The finest and most accurate block of MatMulNBits.
 BLOCK_SIZE = 32
 BLOCK_SIZES = (16, 32, 64, 128, 256)
+# Inputs that share a scale in llama.cpp's Q8_0 and Q4_0.
+GGUF_BLOCK = 32
+# Engines that dense baselines run in; the first is meant where none is named.
+BASELINE_ENGINES: tuple[EngineName, ...] = ("onnxruntime", "llamacpp")
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class Graph:
         """What the weights are rounded to; None for fp32."""
         if self.precision == "fp32":
             return None
-        block = None if self.engine == "deepsparse" else self.block_size
+        block = {"deepsparse": None, "llamacpp": GGUF_BLOCK}.get(self.engine, self.block_size)
         return Grid(8 if self.precision == "int8" else 4, block)
 
     @property
@@ -70,6 +76,26 @@ def split_list(text: str, allowed: Sequence[str], option: str) -> tuple[str, ...
     return names
 
 
+def split_baselines(text: str) -> tuple[str, ...]:
+    """The names of dense baselines in `text`: a precision (in ONNX Runtime) or llamacpp-<precision>; () for
+    "none". Raises UserError for others."""
+    known = [
+        baseline_name(engine, precision) for engine in BASELINE_ENGINES for precision in get_args(Precision)
+    ]
+    return () if text == "none" else split_list(text, known, "--baseline")
+
+
+def baseline_name(engine: str, precision: str) -> str:
+    """What a dense baseline is called by --baseline, and its folder below baseline/."""
+    return precision if engine == BASELINE_ENGINES[0] else f"{engine}-{precision}"
+
+
+def baseline_of(name: str) -> tuple[EngineName, Precision]:
+    """Engine and precision of a dense baseline."""
+    engine, _, precision = name.rpartition("-")
+    return cast(EngineName, engine or BASELINE_ENGINES[0]), cast(Precision, precision)
+
+
 def plan_graphs(
     quant: str,
     target: str,
@@ -79,11 +105,11 @@ def plan_graphs(
     keep_fp32: str = "none",
     activations: str = "dynamic",
 ) -> tuple[Graph, ...]:
-    """Sparse graphs for each target in each precision, then dense baselines for ONNX Runtime.
+    """Sparse graphs for each target in each precision, then dense baselines.
 
     The first precision of `quant` is the artifact's own and goes to <engine>/, others to
-    <engine>-<precision>/. `baseline` may be "none". Raises UserError for unknown names, and for static
-    activations where no graph has int8 ones.
+    <engine>-<precision>/. With target "none" there are baselines only, which are as `split_baselines`
+    takes them. Raises UserError for unknown names, and for static activations where no graph has int8 ones.
     """
     for option, name, kind in (("rounding", rounding, Rounding), ("activations", activations, Activations)):
         if name not in get_args(kind):
@@ -92,8 +118,8 @@ def plan_graphs(
         sizes = ", ".join(map(str, BLOCK_SIZES))
         raise UserError(f"--block-size {block_size}: ONNX Runtime takes {sizes}")
     precisions = split_list(quant, get_args(Precision), "--quant")
-    engines = split_list(target, get_args(EngineName), "--target")
-    if not precisions or not engines:
+    engines = () if target == "none" else split_list(target, get_args(EngineName), "--target")
+    if not precisions or not (engines or target == "none"):
         raise UserError(
             "--quant and --target each need at least one name; e.g. --quant int8 --target deepsparse"
         )
@@ -109,5 +135,14 @@ def plan_graphs(
             f"--activations static means nothing for --target {target} --quant {quant}: "
             "only DeepSparse's int8 and int4 graphs scale activations themselves"
         )
-    names = () if baseline == "none" else split_list(baseline, get_args(Precision), "--baseline")
-    return (*sparse, *(make("onnxruntime", name, True, f"baseline/{name}") for name in names))
+    dense = [make(*baseline_of(name), True, f"baseline/{name}") for name in split_baselines(baseline)]
+    if not sparse and not dense:
+        raise UserError("--target none and --baseline none leave nothing to export")
+    return (*sparse, *dense)
+
+
+def require_engines(graphs: Sequence[Graph]) -> None:
+    """Raise UserError where graphs can only be checked in an engine that is not installed: llama.cpp."""
+    for graph in graphs:
+        if graph.engine == "llamacpp":
+            interpreter(engine_named(graph.engine))

@@ -44,14 +44,23 @@ def rotary_tables(config: Any, decoder: Decoder, positions: int) -> tuple[np.nda
     angles depend on the length of the text (dynamic, LongRoPE) have them for texts of up to
     `decoder.max_positions`, within which they are constant.
     """
-    rope = rope_settings(config)
-    if rope["rope_type"] == "default":
-        theta = rope.get("rope_theta", getattr(config, "rope_theta", 10000.0))
-        return _tables(_frequencies(decoder, theta), 1.0, positions)
-    frequencies, scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](
-        config, torch.device("cpu"), seq_len=decoder.max_positions
-    )
-    return _tables(frequencies, scale, positions)
+    return _tables(*frequencies(config, decoder), positions)
+
+
+def frequencies(config: Any, decoder: Decoder) -> tuple[torch.Tensor, float]:
+    """Angle per position, [rotary_dim / 2], and what cosine and sine are multiplied by."""
+    kind = rope_settings(config)["rope_type"]
+    if kind == "default":
+        return unscaled_frequencies(config, decoder), 1.0
+    return ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), seq_len=decoder.max_positions)
+
+
+def unscaled_frequencies(config: Any, decoder: Decoder) -> torch.Tensor:
+    return _frequencies(decoder, rope_theta(config))
+
+
+def rope_theta(config: Any) -> float:
+    return rope_settings(config).get("rope_theta", getattr(config, "rope_theta", 10000.0))
 
 
 def _frequencies(decoder: Decoder, theta: float) -> torch.Tensor:

@@ -64,6 +64,10 @@ def require_exportable(files: ModelFiles, graphs: Collection[Graph]) -> None:
             f"{architecture} goes through optimum's exporter, and DeepSparse's KV cache does not take its "
             "graphs; give --target onnxruntime"
         )
+    if any(graph.engine == "llamacpp" for graph in graphs):
+        raise UserError(
+            f"{architecture} is not written for llama.cpp; leave out llamacpp in --target and --baseline"
+        )
     if not _optimum_knows(config.model_type):
         raise UserError(
             f"optimum's exporter does not know {architecture}: it can be pruned (dlp-deploy prune) and "

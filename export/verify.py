@@ -18,7 +18,9 @@ from onnx import numpy_helper
 from ..artifact import OutputCheck
 from ..bench.engines import Engine
 from ..bench.worker import EngineWorker, WorkerError
-from ..families import Outline
+from ..families import Decoder, Outline
+from ..gguf_header import read_header
+from ..gguf_model import gguf_tensors
 from .decoder import Weights, layers_of
 from .graph import DATA_FILE
 
@@ -73,21 +75,39 @@ def count_zeros(model: Path, weights: Weights, decoder: Outline) -> ZeroCount:
     """
     expected = {layer for group in decoder.linear_groups()[:-1] for layer in group}
     total = pruned = zeros = 0
-    for name, stored in _initializers(model):
-        layers = layers_of(name.removesuffix(".weight"))
-        if not name.endswith(".weight") or not expected.issuperset(layers):
-            continue
-        expected.difference_update(layers)
-        for layer, graph_zero, source_zero in _zeros_of_layers(stored, weights, layers):
-            lost = int(np.count_nonzero(source_zero & ~graph_zero))
-            if lost:
-                raise VerificationError(f"{model}: {lost} pruned weights of {layer} are no longer zero")
-            total += source_zero.size
-            pruned += int(source_zero.sum())
-            zeros += int(graph_zero.sum())
+    found = _gguf_zeros if model.suffix == ".gguf" else _onnx_zeros
+    for layer, graph_zero, source_zero in found(model, weights, decoder, frozenset(expected)):
+        lost = int(np.count_nonzero(source_zero & ~graph_zero))
+        if lost:
+            raise VerificationError(f"{model}: {lost} pruned weights of {layer} are no longer zero")
+        expected.discard(layer)
+        total += source_zero.size
+        pruned += int(source_zero.sum())
+        zeros += int(graph_zero.sum())
     if expected:
         raise VerificationError(f"{model}: it has no weight for {min(expected)}")
     return ZeroCount(total, pruned, zeros)
+
+
+def _gguf_zeros(
+    model: Path, weights: Weights, decoder: Outline, expected: frozenset[str]
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    assert isinstance(decoder, Decoder)
+    # Headers are remembered by path, and this file is new.
+    read_header.cache_clear()
+    for tensor in gguf_tensors(model, decoder):
+        layer, _, kind = tensor.name.rpartition(".")
+        if kind == "weight" and layer in expected:
+            yield layer, tensor.read().numpy() == 0, weights.linear(layer) == 0
+
+
+def _onnx_zeros(
+    model: Path, weights: Weights, _decoder: Outline, expected: frozenset[str]
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    for name, stored in _initializers(model):
+        layers = layers_of(name.removesuffix(".weight"))
+        if name.endswith(".weight") and expected.issuperset(layers):
+            yield from _zeros_of_layers(stored, weights, layers)
 
 
 def _zeros_of_layers(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..families import Decoder, Outline
-from . import deepsparse, onnxruntime, traced
+from . import deepsparse, gguf, onnxruntime, traced
 from .decoder import Linears, Weights, fp32_linears, keeping_fp32, write_decoder
 from .graph import GraphWriter
 from .plan import Graph
@@ -19,7 +19,7 @@ from .rotary import tables_by_block
 class Written:
     model: Path
     weight_bytes: int
-    opset: int
+    opset: int | None
     notes: tuple[str, ...]
 
 
@@ -39,6 +39,9 @@ def write_graph(
     Peak memory is the largest tensor in fp32, once as read and once as stored; for families that are not
     described it is the whole model in fp32 and more, see `traced`.
     """
+    if graph.engine == "llamacpp":
+        assert isinstance(decoder, Decoder), "others are refused before: see traced.require_exportable"
+        return _write_gguf(folder, graph, weights, decoder, config, advance, kept)
     linears, notes = _linears(graph, decoder.family.head, input_scales)
     if not isinstance(decoder, Decoder):
         writer = GraphWriter(folder, opset=traced.OPSET, ir_version=onnxruntime.IR_VERSION, microsoft=True)
@@ -60,6 +63,25 @@ def write_graph(
     write_decoder(writer, weights, decoder, target, keeping_fp32(linears, kept), advance)
     model = writer.close(f"{decoder.family.name} decoder, {graph.label}")
     return Written(model, writer.weight_bytes, writer.opset, notes)
+
+
+def _write_gguf(
+    folder: Path,
+    graph: Graph,
+    weights: Weights,
+    decoder: Decoder,
+    config: Any,
+    advance: Callable[[], None],
+    kept: Collection[str],
+) -> Written:
+    model, size = gguf.write_gguf(folder, graph, weights, decoder, config, advance, kept)
+    rounded = "rounded by GPTQ" if graph.calibrated else "rounded to nearest"
+    schemes = {
+        "int8": (f"weights: Q8_0, one scale per {gguf.BLOCK} inputs, {rounded}",),
+        "int4": (f"weights: Q4_0, one scale per {gguf.BLOCK} inputs, {rounded}; embedding: Q8_0",),
+    }
+    notes = (*schemes.get(graph.precision, ()), "the GGUF file has no vocabulary: it is for token ids")
+    return Written(model, size, None, notes)
 
 
 def _linears(

@@ -18,6 +18,7 @@ from .tiny_models import TINY_CONFIGS, VOCABULARY, save_tiny_model
 
 # Engines whose environments take minutes to download, and the tests that need them.
 LARGE_ENGINES = {
+    "test_llamacpp.py": ("llamacpp",),
     "test_served_elsewhere.py": ("deepsparse-server",),
     "test_sparseml.py": ("sparseml", "llmcompressor"),
 }

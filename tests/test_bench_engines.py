@@ -28,7 +28,7 @@ from dlp_deploy.families import decoder_of
 from dlp_deploy.models import load_config, resolve_model
 
 CONTEXT, PROMPT = 127, 64
-ENGINES = ("deepsparse", "onnxruntime", "torch")
+ENGINES = ("deepsparse", "llamacpp", "onnxruntime", "torch")
 IDS = np.random.default_rng(0).integers(0, 500, CONTEXT)
 
 

@@ -23,12 +23,12 @@ class Engine:
     """What is needed to install and start an engine.
 
     `worker` is a module of dlp_deploy.bench.workers, or the path of a .py file. `reads` is the sub
-    folder of an artifact that holds what it loads. With `lock`, a file of pinned requirements, it
-    lives in an environment of its own on one of the `pythons` (best first); without, it runs in the
-    main environment, where `modules` must be importable. `before` lists what is installed ahead of
-    the lock and without hashes: packages whose builds differ from index to index. An engine without
-    `precisions` does not decode: it runs recipes. `skips_zeros`: it neither stores nor multiplies
-    pruned weights.
+    folder of an artifact that holds what it loads, graphs as `model_file`. With `lock`, a file of pinned
+    requirements, it lives in an environment of its own on one of the `pythons` (best first); without, it
+    runs in the main environment, where `modules` must be importable. `before` lists what is installed
+    ahead of the lock and without hashes: packages whose builds differ from index to index. An engine
+    without `precisions` does not decode: it runs recipes. `skips_zeros`: it neither stores nor
+    multiplies pruned weights.
     """
 
     name: str
@@ -38,6 +38,7 @@ class Engine:
     precisions: tuple[str, ...]
     licence: str
     modules: tuple[str, ...]
+    model_file: str = "model.onnx"
     lock: Path | None = None
     before: Path | None = None
     pythons: tuple[tuple[int, int], ...] = ()

@@ -9,7 +9,6 @@ from ..bench.engines import engine_named
 from ..bench.machine import choose_cores
 from ..bench.worker import EngineWorker
 from ..errors import UserError
-from ..export.graph import MODEL_FILE
 from ..models import ModelFiles, load_config
 from ..outline import outline_of
 from ..progress import say
@@ -49,12 +48,12 @@ def start(
 
 def _graph(folder: Path, engine: str, precision: str | None) -> Path:
     """The sparse graph to serve; its folder's files are what the manifest says."""
-    engine_named(engine)
+    model_file = engine_named(engine).model_file
     manifest = read_manifest(folder)
     for export in manifest.exports:
         if export.engine == engine and not export.dense and precision in (None, export.precision):
             check_files(folder, manifest, (f"{export.path}/",))
-            return folder / export.path / MODEL_FILE
+            return folder / export.path / model_file
     has = ", ".join(f"{export.engine} {export.precision}" for export in manifest.exports if not export.dense)
     raise UserError(
         f"{folder} has no sparse graph for {engine} {precision or ''}".rstrip()
