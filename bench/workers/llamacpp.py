@@ -14,7 +14,7 @@ import xllamacpp
 
 # Longer prompts are read in steps; also the most positions whose logits are held at once.
 STEP = 512
-F32_FILE, F32_CACHE, NOT_FUSED = 0, 0, 0
+READ_FILE, F32_FILE, F32_CACHE, NOT_FUSED = 0, 0, 0, 0
 ERROR_LEVEL = 4
 
 _Log = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
@@ -41,9 +41,15 @@ class _Settings(ctypes.Structure):
 
 
 class _ModelSettings(ctypes.Structure):
-    """llama_model_params, of which nothing is changed."""
+    """llama_model_params up to the last field that is set here, and room for the rest."""
 
-    _fields_ = (("all", ctypes.c_uint64 * 64),)
+    _fields_ = (
+        ("devices_and_overrides", ctypes.c_void_p * 2),
+        ("n_gpu_layers", ctypes.c_int32),
+        ("split_mode", ctypes.c_int32),
+        ("load_mode", ctypes.c_int32),
+        ("rest", ctypes.c_uint8 * 256),
+    )
 
 
 class _Batch(ctypes.Structure):
@@ -74,9 +80,12 @@ class Session:
 
     def load(self, model: str, context: int, prompt: int) -> None:
         library = self._library
-        self._model = library.llama_model_load_from_file(model.encode(), library.llama_model_default_params())
+        settings = library.llama_model_default_params()
+        # What it rearranges for its kernels would else be in memory beside the mapped file.
+        settings.load_mode = READ_FILE
+        self._model = library.llama_model_load_from_file(model.encode(), settings)
         if not self._model:
-            raise ValueError(f"llama.cpp cannot load {model}: {self._errors.last}")
+            raise ValueError(f"llama.cpp cannot load {model}: {self._errors.first}")
         self._vocabulary = library.llama_vocab_n_tokens(library.llama_model_get_vocab(self._model))
         self._cache = self._context(context) if prompt else None
         self._window_cache: _Cache | None = None
@@ -126,7 +135,7 @@ class _Cache:
             settings.flash_attn_type = NOT_FUSED
         self._pointer = library.llama_init_from_model(model, settings)
         if not self._pointer:
-            raise ValueError(f"llama.cpp cannot make a context of {length}: {errors.last}")
+            raise ValueError(f"llama.cpp cannot make a context of {length}: {errors.first}")
         self.restart()
 
     def __del__(self) -> None:
@@ -148,23 +157,23 @@ class _Cache:
         batch = _Batch(n_tokens=len(ids), token=tokens.ctypes.data, logits=wanted.ctypes.data)
         status = self._library.llama_decode(self._pointer, batch)
         if status:
-            raise RuntimeError(f"llama_decode ended with status {status}: {self._errors.last}")
+            raise RuntimeError(f"llama_decode ended with status {status}: {self._errors.first}")
         logits = self._library.llama_get_logits(self._pointer)
         return np.ctypeslib.as_array(logits, (rows, self._vocabulary)).copy()
 
 
 class _Errors:
-    """The last error that llama.cpp reported; what else it has to say is dropped."""
+    """The first error that llama.cpp reported, which says most; what else it has to say is dropped."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self.last = "no reason given"
+        self.first = ""
         # Kept, for the library calls it as long as it lives.
         self._callback = _Log(self._note)
         library.llama_log_set(self._callback, None)
 
     def _note(self, level: int, text: bytes, _data: object) -> None:
-        if level == ERROR_LEVEL:
-            self.last = text.decode(errors="replace").strip()
+        if level == ERROR_LEVEL and not self.first:
+            self.first = text.decode(errors="replace").strip()
 
 
 def _library() -> ctypes.CDLL:
@@ -191,11 +200,16 @@ def _library() -> ctypes.CDLL:
     for name, (result, *arguments) in signatures.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
-    defaults = library.llama_context_default_params()
-    found = (defaults.n_ctx, defaults.n_batch, defaults.n_ubatch, defaults.n_threads)
-    if (*found, defaults.flash_attn_type, defaults.type_k, defaults.type_v) != (512, 2048, 512, 4, -1, 1, 1):
+    if _defaults(library) != (512, 2048, 512, 4, -1, 1, 1, -1, 1, -1):
         raise RuntimeError("this build of llama.cpp lays out its settings in another way than the locked one")
     return library
+
+
+def _defaults(library: ctypes.CDLL) -> tuple[int, ...]:
+    context, model = library.llama_context_default_params(), library.llama_model_default_params()
+    lengths = (context.n_ctx, context.n_batch, context.n_ubatch, context.n_threads)
+    kinds = (context.flash_attn_type, context.type_k, context.type_v)
+    return (*lengths, *kinds, model.n_gpu_layers, model.split_mode, model.load_mode)
 
 
 def _instructions(system: str) -> str:
