@@ -25,6 +25,7 @@ from ..blocks import logits_of
 from ..checkpoint import Checkpoint, StoredTensor
 from ..export.decoder import Weights
 from ..export.plan import GGUF_BLOCK, Graph
+from ..export.quantize import Grid
 from ..export.reference import Reference
 from ..export.write import Written, write_graph
 from ..families import Decoder, decoder_of
@@ -107,13 +108,21 @@ def graph_bytes(config: Any, engine: EngineName, precision: Precision, block_siz
     table = decoder.vocabulary * decoder.hidden
     weights = sum(math.prod(shape) for shape in parameter_shapes(config).values())
     products = weights if decoder.tied_embeddings else weights - table
+    if engine == "llamacpp":
+        return _gguf_bytes(grid, weights, table, products)
     if grid is None:
         return 4 * (table + products)
-    # DeepSparse knows no container smaller than int8; llama.cpp's scales are float16, and its table int8.
-    if engine == "llamacpp":
-        return round(1.0625 * table + (grid.bits / 8 + 2 / GGUF_BLOCK) * products)
+    # DeepSparse knows no container smaller than int8.
     per_weight = 1.0 if engine == "deepsparse" else grid.bits / 8 + 4 / block_size
     return round(4 * table + per_weight * products)
+
+
+def _gguf_bytes(grid: Grid | None, weights: int, table: int, products: int) -> int:
+    """A tied table is stored once, but beside 4 bit products in 8 bits; scales are float16."""
+    if grid is None:
+        return 4 * weights
+    scale = 2 / GGUF_BLOCK
+    return round((1 + scale) * weights if grid.bits == 8 else (1 + scale) * table + (0.5 + scale) * products)
 
 
 def _tensor(name: str, shape: tuple[int, ...], sparsity: float, seed: int) -> torch.Tensor:

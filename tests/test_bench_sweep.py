@@ -209,7 +209,7 @@ def test_every_shape_is_one_that_graphs_are_written_for(tmp_path: Path) -> None:
     for name in SHAPES:
         assert decoder_of(shape_config(name, blocks=2)).blocks == 2
     config = shape_config("smollm2-135m", blocks=1)
-    for engine in ("deepsparse", "onnxruntime"):
+    for engine in ("deepsparse", "llamacpp", "onnxruntime"):
         for precision in ("fp32", "int8", "int4"):
             written = RandomModel(config, 0.5, 0).write(tmp_path / engine, engine, precision)  # type: ignore[arg-type]
             assert graph_bytes(config, engine, precision) == pytest.approx(written.weight_bytes, rel=0.05)
