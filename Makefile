@@ -21,8 +21,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 $(DEMO_ARTIFACT)/manifest.json: | $(INSTALLED)
-	$(BIN)/dlp-deploy prune-export --model $(DEMO_MODEL) --sparsity 0.7 --quant int8,fp32 --baseline fp32,int8 \
-	    --calib builtin --nsamples 64 --seqlen 512 --output $(DEMO_ARTIFACT) --resume
+	$(BIN)/dlp-deploy prune-export --model $(DEMO_MODEL) --sparsity 0.7 --method wanda --quant int8,fp32 \
+	    --baseline fp32,int8 --calib builtin --nsamples 64 --seqlen 512 --output $(DEMO_ARTIFACT) --resume
 
 demo: $(INSTALLED)
 	@if $(BIN)/dlp-deploy engine install deepsparse; then engine=deepsparse; else engine=onnxruntime; \

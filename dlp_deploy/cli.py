@@ -42,7 +42,13 @@ Model = Annotated[
     ),
 ]
 Sparsity = Annotated[float, typer.Option(help="Share of the block weights to prune, in [0, 1).")]
-Method = Annotated[str, typer.Option(help="Which weights of a layer go: wanda, sparsegpt or magnitude.")]
+Method = Annotated[
+    str,
+    typer.Option(
+        help="Which weights of a layer go: sparsegpt (makes up for them in those it keeps), wanda (less time "
+        "and memory) or magnitude."
+    ),
+]
 Allocation = Annotated[
     str, typer.Option(help="How much each block loses: dlp (median score), owl (outliers) or uniform.")
 ]
@@ -114,7 +120,7 @@ def prune_export_command(
     model: Model,
     sparsity: Sparsity = 0.7,
     quant: Quant = "int8",
-    method: Method = "wanda",
+    method: Method = "sparsegpt",
     allocation: Allocation = "dlp",
     alpha: Alpha = None,
     statistic: Statistic = None,
@@ -152,7 +158,7 @@ def prune_export_command(
 def prune(
     model: Model,
     sparsity: Sparsity = 0.7,
-    method: Method = "wanda",
+    method: Method = "sparsegpt",
     allocation: Allocation = "dlp",
     alpha: Alpha = None,
     statistic: Statistic = None,

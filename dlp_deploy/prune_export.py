@@ -11,7 +11,7 @@ def prune_export(
     model: str,
     sparsity: float = 0.7,
     quant: str = "int8",
-    method: str = "wanda",
+    method: str = "sparsegpt",
     allocation: str = "dlp",
     alpha: float | None = None,
     statistic: str | None = None,

@@ -67,7 +67,7 @@ class Text:
 def prune(
     model: str,
     sparsity: float = 0.7,
-    method: str = "wanda",
+    method: str = "sparsegpt",
     allocation: str = "dlp",
     alpha: float | None = None,
     statistic: str | None = None,

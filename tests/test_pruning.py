@@ -51,7 +51,7 @@ def assert_same_contents(folder: Path, other: Path) -> None:
 @pytest.mark.parametrize("kind", TINY_CONFIGS)
 def test_every_family_end_to_end(kind: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     source = tiny_checkpoint(kind)
-    folder = prune(str(source), output=tmp_path / "pruned", **SMALL)
+    folder = prune(str(source), output=tmp_path / "pruned", method="wanda", **SMALL)
     manifest = read_manifest(folder)
     check_files(folder, manifest)
     dense, pruned = weights_of(source), weights_of(folder / "checkpoint")
@@ -129,7 +129,7 @@ def check_against_plain_implementation(source: Path, pruned: Path, sparsity: flo
 
 def test_agrees_with_a_plain_implementation(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     source = tiny_checkpoint("llama")
-    folder = prune(str(source), output=tmp_path / "pruned", alpha=0.1, **SMALL)
+    folder = prune(str(source), output=tmp_path / "pruned", alpha=0.1, method="wanda", **SMALL)
     check_against_plain_implementation(source, folder, 0.6, 0.1)
 
 
@@ -218,7 +218,7 @@ def test_patterns(pattern: str, tiny_checkpoint: Callable[[str], Path], tmp_path
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_stored_dtype_is_kept(dtype: torch.dtype, tiny_tokenizer: Any, tmp_path: Path) -> None:
     source = save_tiny_model(tmp_path / "half", TINY_CONFIGS["llama"](), tiny_tokenizer, dtype)
-    folder = prune(str(source), output=tmp_path / "pruned", **SMALL)
+    folder = prune(str(source), output=tmp_path / "pruned", method="wanda", **SMALL)
     dense, pruned = weights_of(source), weights_of(folder / "checkpoint")
     assert all(weight.dtype == dtype for weight in pruned.values())
     for name, weight in pruned.items():
@@ -381,11 +381,12 @@ def test_full_disk_is_named_and_what_was_finished_is_used(
     tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
     source, output = str(tiny_checkpoint("llama")), tmp_path / "pruned"
+    options = SMALL | {"method": "wanda"}
     # Hidden states take 61,440 bytes and fit; a shard of one block takes more.
     with file_size_limit(80_000), pytest.raises(UserError, match=r"no room to write .*model-00002-of-00005"):
-        prune(source, output=output, **SMALL)
-    prune(source, output=output, resume=True, **SMALL)
-    assert_same_contents(output, prune(source, output=tmp_path / "whole", **SMALL))
+        prune(source, output=output, **options)
+    prune(source, output=output, resume=True, **options)
+    assert_same_contents(output, prune(source, output=tmp_path / "whole", **options))
 
 
 @pytest.mark.parametrize(

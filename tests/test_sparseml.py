@@ -25,12 +25,12 @@ from dlp_deploy.recipes.recipe import read_recipe, write_recipe
 
 WINDOWS = {"nsamples": 16, "seqlen": 64, "seed": 0}
 PRUNINGS = {
-    "dlp": {},
+    "dlp": {"method": "wanda"},
     # 3/4 of 64 and of 96 inputs are whole numbers, so that nobody has to round.
-    "even": {"sparsity": 0.75, "allocation": "uniform"},
-    "sparsegpt": {"method": "sparsegpt"},
+    "even": {"method": "wanda", "sparsity": 0.75, "allocation": "uniform"},
+    "sparsegpt": {},
     "magnitude": {"method": "magnitude"},
-    "mixed": {"pattern": "N:8"},
+    "mixed": {"method": "wanda", "pattern": "N:8"},
 }
 
 
