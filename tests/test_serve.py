@@ -171,7 +171,9 @@ def test_the_next_turn_of_a_chat_does_not_read_the_first_again(
     longer = prompt + tokens[:10]
     second = complete(client, longer, max_tokens=20)
     assert second.usage.prompt_tokens_details.cached_tokens == len(longer) - 1
-    assert second.choices[0].text == text_of(tokenizer, tokens[10:])
+    # Ten tokens may end within a character; its other bytes are no text of their own.
+    expected = text_of(tokenizer, tokens[10:])
+    assert second.choices[0].text.lstrip("\ufffd") == expected.lstrip("\ufffd")
     assert complete(client, prompt, max_tokens=10).choices[0].text == first.choices[0].text
 
 
