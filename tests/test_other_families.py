@@ -109,7 +109,18 @@ def test_checkpoint_of_the_base_model_with_the_masks_that_old_releases_stored(
 
 
 def exported(model: Path, artifact: Path, run: Run, quant: str) -> None:
-    pruning = ("--calib", "builtin", "--nsamples", 4, "--seqlen", 48, "--output", artifact)
+    pruning = (
+        "--method",
+        "wanda",
+        "--calib",
+        "builtin",
+        "--nsamples",
+        4,
+        "--seqlen",
+        48,
+        "--output",
+        artifact,
+    )
     export = ("--quant", quant, "--target", "onnxruntime", "--baseline", "none")
     status, _, errors = run("prune-export", "--model", model, *pruning, *export)
     assert status == 0, errors
