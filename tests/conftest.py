@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from dlp_deploy.calibration import builtin_text
 from dlp_deploy.cli import main
 
-from .tiny_models import TINY_CONFIGS, VOCABULARY, save_tiny_model
+from .tiny_models import TINY_CONFIGS, VOCABULARY, checkpoints, save_tiny_model
 
 # Engines whose environments take minutes to download, and the tests that need them.
 LARGE_ENGINES = {
@@ -67,15 +67,7 @@ def tiny_checkpoint(
     tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> Callable[[str], Path]:
     """`tiny_checkpoint(kind)`: folder of a tiny model of TINY_CONFIGS, made once; not to be altered."""
-    made: dict[str, Path] = {}
-
-    def make(kind: str) -> Path:
-        if kind not in made:
-            folder = tmp_path_factory.mktemp("models") / kind
-            made[kind] = save_tiny_model(folder, TINY_CONFIGS[kind](), tiny_tokenizer)
-        return made[kind]
-
-    return make
+    return checkpoints(TINY_CONFIGS, tmp_path_factory.mktemp("models"), tiny_tokenizer)
 
 
 @pytest.fixture

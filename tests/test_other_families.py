@@ -35,7 +35,7 @@ from dlp_deploy.export.reference import Reference, read_reference
 from dlp_deploy.models import resolve_model
 from dlp_deploy.recipes.masks import open_masks
 
-from .tiny_models import SIZES, VOCABULARY, save_tiny_model
+from .tiny_models import SIZES, VOCABULARY, checkpoints, save_tiny_model
 
 Run = Callable[..., tuple[int, str, str]]
 Checkpoints = Callable[[str], Path]
@@ -71,18 +71,10 @@ EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
 @pytest.fixture(scope="module")
 def other(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Checkpoints:
     """`other(kind)`: folder of a tiny model of CONFIGS, made once."""
-    made: dict[str, Path] = {}
-
-    def make(kind: str) -> Path:
-        if kind not in made:
-            folder = tmp_path_factory.mktemp("others") / kind
-            made[kind] = save_tiny_model(folder, CONFIGS[kind](), tiny_tokenizer)
-        return made[kind]
-
-    return make
+    return checkpoints(CONFIGS, tmp_path_factory.mktemp("others"), tiny_tokenizer)
 
 
-def require_logits_of_transformers(folder: Path) -> None:
+def assert_logits_of_transformers(folder: Path) -> None:
     ids = torch.randint(VOCABULARY, (5, 60), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = AutoModelForCausalLM.from_pretrained(folder).eval()(ids).logits
@@ -92,7 +84,7 @@ def require_logits_of_transformers(folder: Path) -> None:
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_block_by_block_as_transformers_computes_it(kind: str, other: Checkpoints) -> None:
-    require_logits_of_transformers(other(kind))
+    assert_logits_of_transformers(other(kind))
 
 
 def test_checkpoint_of_the_base_model_with_the_masks_that_old_releases_stored(
@@ -105,24 +97,14 @@ def test_checkpoint_of_the_base_model_with_the_masks_that_old_releases_stored(
     stored = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
     stored |= {f"h.{block}.attn.bias": torch.ones(1, 1, 256, 256).tril() for block in range(3)}
     save_file(stored, folder / "model.safetensors", {"format": "pt"})
-    require_logits_of_transformers(folder)
+    assert_logits_of_transformers(folder)
 
 
 def exported(model: Path, artifact: Path, run: Run, quant: str) -> None:
-    pruning = (
-        "--method",
-        "wanda",
-        "--calib",
-        "builtin",
-        "--nsamples",
-        4,
-        "--seqlen",
-        48,
-        "--output",
-        artifact,
-    )
+    pruning = ("--method", "wanda", "--output", artifact)
+    text = ("--calib", "builtin", "--nsamples", 4, "--seqlen", 48)
     export = ("--quant", quant, "--target", "onnxruntime", "--baseline", "none")
-    status, _, errors = run("prune-export", "--model", model, *pruning, *export)
+    status, _, errors = run("prune-export", "--model", model, *pruning, *text, *export)
     assert status == 0, errors
     assert "holds the whole model in memory" in errors
 
@@ -168,8 +150,8 @@ def test_pruned_exported_verified_and_evaluated(
     assert perplexity(artifact, run, "onnxruntime", "fp32") == pytest.approx(in_torch, rel=1e-4)
     assert perplexity(artifact, run, "onnxruntime", precision) == pytest.approx(in_torch, rel=tolerance)
     if kind == "gpt2":
-        require_alike_columns(model)
-        require_decoded_alike(artifact, model, reference)
+        assert_alike_columns(model)
+        assert_decoded_alike(artifact, model, reference)
 
 
 def logits_in_torch(model: Any, reference: Reference) -> np.ndarray:
@@ -178,14 +160,14 @@ def logits_in_torch(model: Any, reference: Reference) -> np.ndarray:
     return logits[reference.prompt - 1 :].numpy()
 
 
-def require_alike_columns(model: Any) -> None:
+def assert_alike_columns(model: Any) -> None:
     """Wanda compares weights of one output, which is a column of Conv1D's weight."""
     for block in model.transformer.h:
         zeros = (block.mlp.c_fc.weight == 0).sum(0)
         assert zeros.max() - zeros.min() <= 1
 
 
-def require_decoded_alike(artifact: Path, model: Any, reference: Reference) -> None:
+def assert_decoded_alike(artifact: Path, model: Any, reference: Reference) -> None:
     """Token by token through the cache, in the worker that is timed and in optimum's own class."""
     graph = artifact / "onnxruntime"
     with EngineWorker.spawn(engine_named("onnxruntime"), sorted(os.sched_getaffinity(0))) as worker:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,18 @@ def save_tiny_model(folder: Path, config: Any, tokenizer: Any, dtype: torch.dtyp
     model.to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def checkpoints(
+    configs: Mapping[str, Callable[[], Any]], folder: Path, tokenizer: Any
+) -> Callable[[str], Path]:
+    """`checkpoints(...)(kind)`: the folder below `folder` of a tiny model of that config, made once."""
+
+    @cache
+    def make(kind: str) -> Path:
+        return save_tiny_model(folder / kind, configs[kind](), tokenizer)
+
+    return make
 
 
 def torch_model(folder: Path) -> Any:
