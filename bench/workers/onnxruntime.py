@@ -58,12 +58,13 @@ class _SharedCache:
         self._binding = session.io_binding()
         self._mask = np.ones((1, length), dtype=np.int64)
         self._buffers = []
-        presents = {output.name for output in session.get_outputs()} - {"logits"}
+        outputs = {output.name: output.shape for output in session.get_outputs()}
+        self._vocabulary = outputs["logits"][-1]
         for past in session.get_inputs():
             if not past.name.startswith("past_key_values."):
                 continue
             buffer, present = _zeros(past, length), _present(past.name)
-            if present not in presents:
+            if present not in outputs:
                 raise ValueError(f"the graph has {past.name} but no output {present}")
             self._binding.bind_ortvalue_input(past.name, buffer)
             self._binding.bind_ortvalue_output(present, buffer)
@@ -78,9 +79,11 @@ class _SharedCache:
         self.done = _end(self.done, ids, self.length)
         self._binding.bind_cpu_input("input_ids", ids[None])
         self._binding.bind_cpu_input("attention_mask", self._mask[:, : self.done])
-        self._binding.bind_output("logits", "cpu")
+        # Bound to an array of ours: fetching it from the binding would wrap every cache buffer anew.
+        logits = np.empty((1, len(ids), self._vocabulary), dtype=np.float32)
+        self._binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
         self._session.run_with_iobinding(self._binding)
-        return self._binding.get_outputs()[-1].numpy()[0]
+        return logits[0]
 
 
 class _ConcatenatedCache:
