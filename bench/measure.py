@@ -34,7 +34,7 @@ QUANTIZED_RATIO = 1.5
 # Without that measure there is only what a right graph has never reached.
 UNMEASURED_LIMIT = 0.1
 WARM_UPS = 8
-# Engines hold weights in a layout of their own, beside the file they were read from, while they load.
+# Most that an engine takes while it loads: the weights in a layout of its own, beside those that it reads.
 LOADED_BYTES_PER_WEIGHT_BYTE = 3.0
 WORKER_BYTES = 400 << 20
 
@@ -138,19 +138,15 @@ def measure(candidates: Sequence[Candidate], workload: Workload) -> tuple[list[O
     """
     outcomes = [Outcome(candidate) for candidate in candidates]
     noise = Noise()
-    together = fits_together([c.weight_bytes for c in candidates], available_memory())
-    if not together:
-        say("Memory does not hold all models at once: each is loaded again for every round")
-    with _Pool(workload, keep=together) as pool:
+    with _Pool(workload) as pool:
         _check_outputs(pool, outcomes)
         _time_rounds(pool, outcomes, noise)
-    return outcomes, noise, together
+    return outcomes, noise, pool.keep
 
 
-def fits_together(weight_bytes: Sequence[int], available_bytes: int) -> bool:
-    """Whether models of these sizes can be loaded at the same time."""
-    need = sum(LOADED_BYTES_PER_WEIGHT_BYTE * size + WORKER_BYTES for size in weight_bytes)
-    return need <= 0.9 * available_bytes
+def has_room(weight_bytes: int, available_bytes: int) -> bool:
+    """Whether a model of this size can be loaded into so much memory."""
+    return LOADED_BYTES_PER_WEIGHT_BYTE * weight_bytes + WORKER_BYTES <= 0.9 * available_bytes
 
 
 def measure_perplexity(outcomes: Sequence[Outcome], windows: np.ndarray, cores: Sequence[int]) -> None:
@@ -182,10 +178,10 @@ def _perplexity(
 
 
 class _Pool:
-    """Loaded workers: all of them kept, or one at a time."""
+    """Loaded workers: all of them kept or, once memory does not hold the next one, one at a time."""
 
-    def __init__(self, workload: Workload, keep: bool) -> None:
-        self.workload, self.keep = workload, keep
+    def __init__(self, workload: Workload) -> None:
+        self.workload, self.keep = workload, True
         self._workers: dict[str, EngineWorker] = {}
         self._warm: set[str] = set()
 
@@ -201,6 +197,7 @@ class _Pool:
         """The loaded worker of a run."""
         name = outcome.candidate.name
         if name not in self._workers:
+            self._make_room(outcome.candidate)
             self._workers[name] = _load(outcome, self.workload, self.workload.cached_tokens)
         try:
             yield self._workers[name]
@@ -209,6 +206,14 @@ class _Pool:
             raise
         if not self.keep:
             self.drop(name)
+
+    def _make_room(self, candidate: Candidate) -> None:
+        # Judged by what loaded engines really take, which is far less than they took while loading.
+        if self._workers and not has_room(candidate.weight_bytes, available_memory()):
+            say("Memory does not hold all models at once: each is loaded again for every round")
+            self.keep = False
+            for name in list(self._workers):
+                self.drop(name)
 
     def drop(self, name: str) -> None:
         self._warm.discard(name)

@@ -17,7 +17,7 @@ from rich.console import Console
 from dlp_deploy.artifact import list_files, read_manifest, write_manifest
 from dlp_deploy.bench import bench, measure
 from dlp_deploy.bench.environments import install
-from dlp_deploy.bench.measure import fits_together
+from dlp_deploy.bench.measure import has_room
 from dlp_deploy.bench.present import print_report, to_csv, to_markdown
 from dlp_deploy.bench.report import SCHEMA_FILE, Report, json_schema, read_report, to_json
 from dlp_deploy.errors import UserError
@@ -226,9 +226,9 @@ def test_with_little_memory_the_models_are_loaded_in_turn(
     assert all(len(run.samples_ms) == 10 for run in report.runs)
 
 
-def test_what_fits_together() -> None:
-    assert fits_together([10**9] * 3, 20 * 10**9)
-    assert not fits_together([10**9] * 3, 9 * 10**9)
+def test_what_memory_has_room_for() -> None:
+    assert has_room(10**9, 5 * 10**9)
+    assert not has_room(10**9, 3 * 10**9)
 
 
 def test_no_baseline_means_no_speedup(artifact: Path, tmp_path: Path) -> None:
