@@ -141,7 +141,7 @@ def measure(candidates: Sequence[Candidate], workload: Workload) -> tuple[list[O
     with _Pool(workload) as pool:
         _check_outputs(pool, outcomes)
         _time_rounds(pool, outcomes, noise)
-    return outcomes, noise, pool.keep
+    return outcomes, noise, pool.holds_all
 
 
 def has_room(weight_bytes: int, available_bytes: int) -> bool:
@@ -178,10 +178,11 @@ def _perplexity(
 
 
 class _Pool:
-    """Loaded workers: all of them kept or, once memory does not hold the next one, one at a time."""
+    """Loaded workers. Where memory does not hold all, those not used for longest make room for the next."""
 
     def __init__(self, workload: Workload) -> None:
-        self.workload, self.keep = workload, True
+        self.workload, self.holds_all = workload, True
+        # The least recently used comes first.
         self._workers: dict[str, EngineWorker] = {}
         self._warm: set[str] = set()
 
@@ -196,24 +197,25 @@ class _Pool:
     def worker(self, outcome: Outcome) -> Iterator[EngineWorker]:
         """The loaded worker of a run."""
         name = outcome.candidate.name
-        if name not in self._workers:
+        if (worker := self._workers.pop(name, None)) is None:
             self._make_room(outcome.candidate)
-            self._workers[name] = _load(outcome, self.workload, self.workload.cached_tokens)
+            worker = _load(outcome, self.workload, self.workload.cached_tokens)
+        self._workers[name] = worker
         try:
-            yield self._workers[name]
+            yield worker
         except BaseException:
             self.drop(name)
             raise
-        if not self.keep:
-            self.drop(name)
 
     def _make_room(self, candidate: Candidate) -> None:
         # Judged by what loaded engines really take, which is far less than they took while loading.
-        if self._workers and not has_room(candidate.weight_bytes, available_memory()):
-            say("Memory does not hold all models at once: each is loaded again for every round")
-            self.keep = False
-            for name in list(self._workers):
-                self.drop(name)
+        for name in list(self._workers):
+            if has_room(candidate.weight_bytes, available_memory()):
+                return
+            if self.holds_all:
+                say("Memory does not hold all models at once: they are loaded in turn in every round")
+            self.holds_all = False
+            self.drop(name)
 
     def drop(self, name: str) -> None:
         self._warm.discard(name)
@@ -304,9 +306,12 @@ def _disagreement(agreement: Agreement) -> str:
 
 
 def _time_rounds(pool: _Pool, outcomes: Sequence[Outcome], noise: Noise) -> None:
-    """Rounds A B C, C B A, ...: what drifts slowly then meets all runs alike."""
+    """Rounds C B A, A B C, ...: what drifts slowly then meets all runs alike.
+
+    A round begins with the runs that were last in the one before, or in the check: these are still loaded.
+    """
     live = _live(outcomes)
-    if pool.keep:
+    if pool.holds_all:
         with progress("Warming up", len(live)) as advance:
             for outcome in live:
                 with _failing(outcome), pool.worker(outcome) as worker:
@@ -314,7 +319,7 @@ def _time_rounds(pool: _Pool, outcomes: Sequence[Outcome], noise: Noise) -> None
                 advance(note=outcome.candidate.name)
     with progress("Measuring", len(live) * pool.workload.repeats) as advance:
         for index in range(pool.workload.repeats):
-            for outcome in _live(live)[:: -1 if index % 2 else 1]:
+            for outcome in _live(live)[:: 1 if index % 2 else -1]:
                 with _failing(outcome), pool.worker(outcome) as worker:
                     pool.warm_up(outcome, worker)
                     _time_one(worker, outcome, pool.workload, noise)
