@@ -37,8 +37,9 @@ SPARE_COLUMNS = 256
 class DeepSparseTarget:
     """Writes attention so that the engine recognizes its internal KV cache.
 
-    The cached Concat must feed the attention product directly, so grouped keys and values are
-    repeated to all heads before the Concat: the cache then holds every head.
+    The cached Concat must feed the attention product directly, so grouped keys and values cannot be
+    repeated to all heads behind it, and before it the cache would hold every head. Instead the queries
+    that share a key are rows of one product.
 
     `detach_output` puts a Slice and Concat behind the attention. Its output may then have several
     readers, as a dynamic scale needs; without it the compiler aborts (greedy_assign_layouts.cpp).
@@ -90,15 +91,13 @@ class DeepSparseTarget:
         head_norms: tuple[str, str] | None,
     ) -> str:
         name, decoder = f"attention.{block}", self.decoder
-        query = self._heads(graph, query, decoder.heads, f"{name}.query")
-        key = self._heads(graph, key, decoder.kv_heads, f"{name}.key")
+        query_norm, key_norm = head_norms or (None, None)
+        query = self._heads(graph, query, decoder.heads, f"{name}.query", query_norm)
+        key = self._heads(graph, key, decoder.kv_heads, f"{name}.key", key_norm)
         value = self._heads(graph, value, decoder.kv_heads, f"{name}.value")
-        if head_norms:
-            query = rms_norm(graph, query, head_norms[0], decoder.norm_epsilon, f"{name}.query.norm")
-            key = rms_norm(graph, key, head_norms[1], decoder.norm_epsilon, f"{name}.key.norm")
         query = self._rotate(graph, block, query, f"{name}.query")
-        key = self._repeat(graph, self._rotate(graph, block, key, f"{name}.key"), f"{name}.key")
-        value = self._repeat(graph, value, f"{name}.value")
+        query = self._regrouped(graph, query, decoder.kv_heads, f"{name}.query.grouped")
+        key = self._rotate(graph, block, key, f"{name}.key")
         keys = self._cached(graph, block, "key", key)
         values = self._cached(graph, block, "value", value)
         keys = graph.node("Transpose", keys, name=f"{name}.keys", perm=[0, 1, 3, 2])
@@ -110,19 +109,29 @@ class DeepSparseTarget:
         scores = graph.node("Add", scores, mask, name=f"{name}.masked")
         share = graph.node("Softmax", scores, name=f"{name}.softmax", axis=-1)
         mixed = graph.node("MatMul", share, values, name=f"{name}.mixed")
+        mixed = self._regrouped(graph, mixed, decoder.heads, f"{name}.mixed.heads")
         mixed = graph.node("Transpose", mixed, name=f"{name}.tokens", perm=[0, 2, 1, 3])
         width = decoder.heads * decoder.head_dim
         mixed = graph.node("Reshape", mixed, graph.constant([0, 0, width]), name=f"{name}.output")
         return self._halves(graph, mixed, width, 2, f"{name}.detached") if self.detach_output else mixed
 
     def _mask(self, graph: GraphWriter, window: int | None) -> str:
-        """What is added to the scores of blocks with this window, [batch, 1, tokens, length]."""
+        """What is added to the scores of blocks with this window, [batch, 1, group * tokens, length]."""
         if window not in self._masks:
             name = "mask" if window is None else f"mask.{window}"
             allowed = self._allowed if window is None else self._latest(graph, window, name)
             blocked = graph.node("Sub", graph.scalar(1.0), allowed, name=f"{name}.blocked")
-            self._masks[window] = graph.node("Mul", blocked, graph.scalar(MASKED), name=name)
+            mask = graph.node("Mul", blocked, graph.scalar(MASKED), name=f"{name}.added")
+            self._masks[window] = self._for_group(graph, mask, name)
         return self._masks[window]
+
+    def _for_group(self, graph: GraphWriter, mask: str, name: str) -> str:
+        """The rows of a mask for each query head of a group. A Concat or Tile here aborts the compiler."""
+        if self.decoder.group == 1:
+            return mask
+        copies = graph.constant([1, self.decoder.group, 1, 1])
+        copied = graph.node("Expand", mask, copies, name=f"{name}.copied")
+        return graph.node("Reshape", copied, graph.constant([0, 1, -1, 0]), name=name)
 
     def _latest(self, graph: GraphWriter, window: int, name: str) -> str:
         """1 where a key is among the latest `window` that its query may see, else 0."""
@@ -152,12 +161,15 @@ class DeepSparseTarget:
         """The second axis of x, int64 [1]."""
         return graph.slice(graph.node("Shape", x, name=f"{name}.shape"), 1, 2, axis=0, name=name)
 
-    def _heads(self, graph: GraphWriter, x: str, heads: int, name: str) -> str:
+    def _heads(self, graph: GraphWriter, x: str, heads: int, name: str, norm: str | None = None) -> str:
+        """[batch, tokens, width] as [batch, heads, tokens, head_dim]; `norm` is the weight of a norm of heads."""
         # Zeros copy the batch and token counts: the engine overrides the input shapes at load.
-        split = graph.node(
-            "Reshape", x, graph.constant([0, 0, heads, self.decoder.head_dim]), name=f"{name}.split"
-        )
-        return graph.node("Transpose", split, name=f"{name}.heads", perm=[0, 2, 1, 3])
+        split = graph.constant([0, 0, heads, self.decoder.head_dim])
+        x = graph.node("Reshape", x, split, name=f"{name}.split")
+        if norm is not None:
+            # Behind the Transpose the compiler aborts, if fewer keys than queries are cached.
+            x = rms_norm(graph, x, norm, self.decoder.norm_epsilon, f"{name}.norm")
+        return graph.node("Transpose", x, name=f"{name}.heads", perm=[0, 2, 1, 3])
 
     def _rotate(self, graph: GraphWriter, block: int, x: str, name: str) -> str:
         tables = self._tables[block]
@@ -172,22 +184,14 @@ class DeepSparseTarget:
         second = graph.slice(x, width // 2, width, axis=axis, name=f"{name}.second")
         return graph.node("Concat", first, second, name=name, axis=axis)
 
-    def _repeat(self, graph: GraphWriter, x: str, name: str) -> str:
-        """Copy each key-value head to the query heads that read it. A Gather here aborts the compiler."""
+    def _regrouped(self, graph: GraphWriter, x: str, heads: int, name: str) -> str:
+        """[batch, heads, rows, head_dim] with another number of heads; those of a key are neighbours."""
         if self.decoder.group == 1:
             return x
-        group = graph.constant([1, 1, self.decoder.group, 1, 1])
-        lone = graph.node("Unsqueeze", x, graph.constant([2]), name=f"{name}.lone")
-        repeated = graph.node("Expand", lone, group, name=f"{name}.group")
-        return graph.node(
-            "Reshape",
-            repeated,
-            graph.constant([0, self.decoder.heads, -1, self.decoder.head_dim]),
-            name=f"{name}.repeated",
-        )
+        return graph.node("Reshape", x, graph.constant([0, heads, -1, self.decoder.head_dim]), name=name)
 
     def _cached(self, graph: GraphWriter, block: int, part: str, x: str) -> str:
-        heads, head_dim = self.decoder.heads, self.decoder.head_dim
+        heads, head_dim = self.decoder.kv_heads, self.decoder.head_dim
         past = graph.input(
             f"past_key_values.{block}.{part}", TensorProto.FLOAT, ("batch", heads, "past", head_dim)
         )
