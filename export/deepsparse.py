@@ -162,7 +162,7 @@ class DeepSparseTarget:
         return graph.slice(graph.node("Shape", x, name=f"{name}.shape"), 1, 2, axis=0, name=name)
 
     def _heads(self, graph: GraphWriter, x: str, heads: int, name: str, norm: str | None = None) -> str:
-        """[batch, tokens, width] as [batch, heads, tokens, head_dim]; `norm` is the weight of a norm of heads."""
+        """[batch, tokens, width] as [batch, heads, tokens, head_dim]; `norm` weights a norm of each head."""
         # Zeros copy the batch and token counts: the engine overrides the input shapes at load.
         split = graph.constant([0, 0, heads, self.decoder.head_dim])
         x = graph.node("Reshape", x, split, name=f"{name}.split")
