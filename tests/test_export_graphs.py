@@ -67,6 +67,18 @@ def test_fp32_logits_are_those_of_torch(
     assert relative_error(graph_logits(model, IDS, PROMPT), expected) < 1e-5
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_cache_holds_key_value_heads_alone(
+    engine: str, tmp_path: Path, tiny_checkpoint: Callable[[str], Path]
+) -> None:
+    config = load_config(resolve_model(str(tiny_checkpoint("llama"))))
+    assert config.num_key_value_heads < config.num_attention_heads
+    model = onnx.load(exported(tmp_path, tiny_checkpoint("llama"), engine, "fp32"), load_external_data=False)
+    pasts = [value for value in model.graph.input if value.name.startswith("past_key_values.")]
+    assert len(pasts) == 2 * config.num_hidden_layers
+    assert {past.type.tensor_type.shape.dim[1].dim_value for past in pasts} == {config.num_key_value_heads}
+
+
 def fake_quantized(checkpoint: Path) -> torch.nn.Module:
     """The int8 scheme written a second time, in torch: weights per channel, inputs per token."""
     model = torch_model(checkpoint)

@@ -35,7 +35,8 @@ from .tiny_models import TINY_CONFIGS
 
 # What is peculiar to a family, in the engine whose compiler is the pickiest.
 @pytest.mark.parametrize(
-    ("kind", "precision"), [("gemma2", "fp32"), ("gemma3", "int8"), ("phi4-mini", "fp32"), ("opt", "fp32")]
+    ("kind", "precision"),
+    [("qwen3", "int8"), ("gemma2", "fp32"), ("gemma3", "int8"), ("phi4-mini", "fp32"), ("opt", "fp32")],
 )
 def test_pruned_exported_and_verified_in_the_real_engines(
     kind: str, precision: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
