@@ -3,6 +3,10 @@
 Input columns are rounded one after the other, and each passes its error on to the columns to come, as
 the inputs' covariance says (algorithm 1). Pruned weights are columns whose value is fixed at zero: what
 would flow into one flows on. So the mask stays, and the kept weights carry the loss.
+
+Behind SparseGPT this is that paper's joint sparsification and quantization, to the same levels: both sweeps
+visit the columns in the same order and correct by the same factor, so that their corrections add up to
+those of one sweep that zeroes and rounds at once.
 """
 
 from __future__ import annotations
