@@ -60,12 +60,18 @@ class EngineWorker:
     """One engine in a process of its own, pinned to the cores asked for. Use as a context manager."""
 
     def __init__(
-        self, engine: Engine, process: subprocess.Popen[bytes], connection: socket.socket, log: IO[bytes]
+        self,
+        engine: Engine,
+        process: subprocess.Popen[bytes],
+        connection: socket.socket,
+        log: IO[bytes],
+        scratch: tempfile.TemporaryDirectory[str],
     ) -> None:
         self.engine = engine
         self.pid = process.pid
         self.versions: dict[str, str] = {}
         self._process, self._connection, self._log = process, connection, log
+        self._scratch = scratch
 
     @classmethod
     def spawn(cls, engine: Engine, cores: Sequence[int], time_limit_s: float = TIME_LIMIT_S) -> EngineWorker:
@@ -76,6 +82,8 @@ class EngineWorker:
         python = interpreter(engine)
         ours, theirs = socket.socketpair()
         log = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the worker)
+        # Its temporary files are ours to remove: an engine that aborts removes nothing.
+        scratch = tempfile.TemporaryDirectory(prefix="dlp-deploy-")
         command = [str(python), str(WORKERS), engine.worker, ",".join(map(str, cores))]
         with theirs:
             # A session of its own: Ctrl-C reaches us alone, and we close the worker.
@@ -84,11 +92,11 @@ class EngineWorker:
                 stdin=theirs.fileno(),
                 stdout=log,
                 stderr=log,
-                env=_environment(len(cores)),
+                env=_environment(len(cores), scratch.name),
                 start_new_session=True,
             )
         ours.settimeout(time_limit_s)
-        worker = cls(engine, process, ours, log)
+        worker = cls(engine, process, ours, log, scratch)
         try:
             worker.versions = worker._receive("starting")[0]["versions"]
         except BaseException:
@@ -146,6 +154,7 @@ class EngineWorker:
             self._process.kill()
             self._process.wait()
         self._log.close()
+        self._scratch.cleanup()
 
     def __enter__(self) -> EngineWorker:
         return self
@@ -208,10 +217,12 @@ class EngineWorker:
         return f"; its last words: {telling[0][:300]}" if telling else ""
 
 
-def _environment(threads: int) -> dict[str, str]:
-    """Thread counts that agree with the cores, for engines that read them from variables only."""
+def _environment(threads: int, scratch: str) -> dict[str, str]:
+    """Thread counts that agree with the cores, for engines that read them from variables only, and the
+    folder for temporary files."""
     return {
         **clean_environment(),
+        "TMPDIR": scratch,
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         "OPENBLAS_NUM_THREADS": "1",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Thread
@@ -24,7 +25,7 @@ from dlp_deploy.bench.workers import frames
 
 # Logits that depend on every token before, so that a lost or doubled one shows.
 PROGRAM = """
-import ctypes, os, socket, sys, time
+import ctypes, os, socket, sys, tempfile, time
 import numpy as np
 
 VOCABULARY = 11
@@ -44,6 +45,7 @@ class Session:
         print("loading", model)
         if model.endswith("abort"):
             print("compiling", flush=True)
+            tempfile.mkdtemp()
             os.write(2, b"Assertion at graph.cpp:167\\nBacktrace:\\n 0# something\\n")
             os.abort()
         if model.endswith("hang"):
@@ -165,6 +167,20 @@ def test_an_abort_becomes_an_error_with_its_last_words(engine: Engine, core: int
         ),
     ):
         worker.load(Path("abort"), context=40, prompt=4)
+
+
+def test_an_abort_leaves_no_temporary_files(
+    engine: Engine, core: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    with EngineWorker.spawn(engine, [core]) as worker:
+        with pytest.raises(WorkerError, match="Assertion"):
+            worker.load(Path("abort"), context=40, prompt=4)
+        (left,) = folder.rglob("tmp*")
+        assert left.is_dir()
+    assert not list(folder.iterdir())
 
 
 def test_a_worker_that_hangs_is_ended(engine: Engine, core: int) -> None:
