@@ -31,6 +31,8 @@ from .statistics import DRIFT_LIMIT, alike, drift, latency, speedup
 
 STOLEN_LIMIT = 0.01
 OTHERS_LIMIT = 0.05
+# Beyond this share of the measured bandwidth an extrapolated time is not to be believed.
+BANDWIDTH_LIMIT = 1.1
 
 
 def describe_environment(cores: Sequence[int], outcomes: Sequence[Outcome]) -> Environment:
@@ -178,6 +180,11 @@ def warnings(runs: Sequence[Run], noise: NoiseRecord) -> tuple[str, ...]:
         if run.drift is not None and run.drift > DRIFT_LIMIT:
             found.append(
                 f"{run.name} varied by {run.drift:.0%} from round to round: conditions were not steady"
+            )
+        if run.extrapolated_from and run.roofline and run.roofline.bandwidth_share > BANDWIDTH_LIMIT:
+            found.append(
+                f"{run.name}, which is extrapolated, would read memory at {run.roofline.bandwidth_share:.0%} "
+                "of the measured bandwidth: its time is too short, and speed-ups over it are too small"
             )
         if run.status != "ok":
             found.append(f"{run.name} is not timed ({run.status}): {run.reason}")

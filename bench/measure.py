@@ -16,6 +16,7 @@ from ..export.reference import Reference, read_reference
 from ..export.verify import compare_logits
 from ..perplexity import Perplexity, perplexity_of
 from ..progress import Advance, progress, say
+from .engines import Engine
 from .machine import available_memory, processor_time
 from .plan import Candidate
 from .statistics import is_stable
@@ -34,8 +35,7 @@ QUANTIZED_RATIO = 1.5
 # Without that measure there is only what a right graph has never reached.
 UNMEASURED_LIMIT = 0.1
 WARM_UPS = 8
-# Most that an engine takes while it loads: the weights in a layout of its own, beside those that it reads.
-LOADED_BYTES_PER_WEIGHT_BYTE = 3.0
+# What a worker takes beside its model.
 WORKER_BYTES = 400 << 20
 
 
@@ -144,9 +144,9 @@ def measure(candidates: Sequence[Candidate], workload: Workload) -> tuple[list[O
     return outcomes, noise, pool.holds_all
 
 
-def has_room(weight_bytes: int, available_bytes: int) -> bool:
+def has_room(engine: Engine, weight_bytes: int, available_bytes: int) -> bool:
     """Whether a model of this size can be loaded into so much memory."""
-    return LOADED_BYTES_PER_WEIGHT_BYTE * weight_bytes + WORKER_BYTES <= 0.9 * available_bytes
+    return engine.loaded_bytes_per_byte * weight_bytes + WORKER_BYTES <= 0.9 * available_bytes
 
 
 def measure_perplexity(outcomes: Sequence[Outcome], windows: np.ndarray, cores: Sequence[int]) -> None:
@@ -210,7 +210,7 @@ class _Pool:
     def _make_room(self, candidate: Candidate) -> None:
         # Judged by what loaded engines really take, which is far less than they took while loading.
         for name in list(self._workers):
-            if has_room(candidate.weight_bytes, available_memory()):
+            if has_room(candidate.engine, candidate.weight_bytes, available_memory()):
                 return
             if self.holds_all:
                 say("Memory does not hold all models at once: they are loaded in turn in every round")

@@ -15,16 +15,13 @@ from ..families import decoder_of
 from .engines import engine_named
 from .environments import interpreter
 from .machine import available_memory, choose_cores, require_avx2
-from .measure import WORKER_BYTES, Workload, check_lengths
+from .measure import Workload, check_lengths, has_room
 from .random_model import RandomModel, graph_bytes
 from .shapes import shape_config
 
 # A model that memory does not hold is measured with as many of these as it does, and half as many: the more
 # blocks, the less is noise multiplied.
 LIMITED_BLOCKS = (16, 8, 4, 2)
-# Most that an engine held of a graph when it was loaded alone: DeepSparse, which keeps the weights once for
-# prompts and once for single tokens (SmolLM2-135M in int8: 2.5).
-LOADED_BYTES_PER_BYTE = 2.6
 
 
 @dataclass(frozen=True)
@@ -111,8 +108,7 @@ class SweepPlan:
     def _most_blocks(self, engine: EngineName, precision: Precision) -> int:
         """All blocks where memory holds them, or else the most of LIMITED_BLOCKS that it does."""
         for count in (self.total, *LIMITED_BLOCKS):
-            loaded = LOADED_BYTES_PER_BYTE * self._bytes(count, engine, precision) + WORKER_BYTES
-            if loaded <= 0.9 * self.memory:
+            if has_room(engine_named(engine), self._bytes(count, engine, precision), self.memory):
                 return count
         return LIMITED_BLOCKS[-1]
 

@@ -28,7 +28,8 @@ class Engine:
     runs in the main environment, where `modules` must be importable. `before` lists what is installed
     ahead of the lock and without hashes: packages whose builds differ from index to index. An engine
     without `precisions` does not decode: it runs recipes. `skips_zeros`: it neither stores nor
-    multiplies pruned weights.
+    multiplies pruned weights. `loaded_bytes_per_byte` is the most memory that it takes for a byte of
+    weights while it loads them.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Engine:
     pythons: tuple[tuple[int, int], ...] = ()
     download_mb: int = 0
     skips_zeros: bool = False
+    loaded_bytes_per_byte: float = 3.0
     notes: tuple[str, ...] = ()
 
 
