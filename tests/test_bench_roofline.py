@@ -67,10 +67,9 @@ def test_weights_are_read_once_and_tables_not_at_all(
     # A few scalars of the graph come with it.
     assert traffic("onnxruntime", "fp32").weight_bytes == pytest.approx(4 * read, rel=1e-3)
     decoder = decoder_of(load_config(resolve_model(str(checkpoint))))
-    width = 2 * 4 * decoder.blocks * decoder.head_dim
-    assert traffic("onnxruntime", "fp32").position_bytes == width * decoder.kv_heads
-    # DeepSparse's cache holds every head.
-    assert traffic("deepsparse", "fp32").position_bytes == width * decoder.heads
+    cached = 2 * 4 * decoder.blocks * decoder.kv_heads * decoder.head_dim
+    assert traffic("onnxruntime", "fp32").position_bytes == cached
+    assert traffic("deepsparse", "fp32").position_bytes == cached
 
 
 def test_skipped_weights_cost_one_bit_and_no_operation(traffic: Callable[..., Traffic]) -> None:
