@@ -90,10 +90,10 @@ def prune(
     `sparsity` is the share of the decoder blocks' linear weights that become zero, exact over the model
     to the rounding of one weight a matrix. `allocation` spreads it over the blocks by the layer score
     `statistic` (None: the allocation's own), `method` chooses the weights within a layer. A `recipe`
-    (file or ready-made name) replaces all of these. Memory: one decoder block, and for
-    SparseGPT a few matrices of [in, in] float32 of its widest layer; the hidden states of the calibration
-    windows are in files under `<output>.partial/`, where each finished block is final. A run that was
-    stopped goes on from there with `resume`, to bit-identical results.
+    (file or ready-made name) replaces all of these. Memory: one decoder block, and for SparseGPT a few
+    matrices of [in, in] float32 of its widest layer; the hidden states of the calibration windows are in
+    files under `<output>.partial/`, where each finished block is final. A run that was stopped goes on
+    from there with `resume`, to bit-identical results.
 
     `then` is called with the pruned artifact and the dense model before the folder gets its final name;
     `suffix` is added to the default name.

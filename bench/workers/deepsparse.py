@@ -21,6 +21,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 os.environ["NM_DISABLE_ANALYTICS"] = "1"
+# One thread per core of the affinity mask, as deepsparse.benchmark does; without it threads may move.
+os.environ["NM_BIND_THREADS_TO_CORES"] = "1"
 
 import numpy as np
 import onnx
