@@ -171,13 +171,8 @@ def _kept_of_slabs(weight: torch.Tensor, sparsity: float) -> list[int]:
 
 def inverse_factor(gram: torch.Tensor) -> torch.Tensor:
     """Upper Cholesky factor of the inverse of the damped Gram matrix [in, in] (SparseGPT, section 3.3)."""
-    dead = gram.diagonal() == 0
-    mean = gram.diagonal().mean()
     for damping in (DAMPING, 10 * DAMPING):
-        damped = gram.clone()
-        damped.diagonal().add_(dead.to(gram.dtype)).add_(damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        del damped
+        lower, failed = torch.linalg.cholesky_ex(damped(gram, damping))
         if failed == 0:
             inverse = torch.cholesky_inverse(lower)
             del lower
@@ -187,6 +182,13 @@ def inverse_factor(gram: torch.Tensor) -> torch.Tensor:
     raise UserError(
         "the activations are too degenerate for SparseGPT; use more calibration text, or --method wanda"
     )
+
+
+def damped(gram: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
+    """A Gram matrix [in, in] with this share of its mean diagonal added to it, 1 for inputs never seen."""
+    result, diagonal = gram.clone(), gram.diagonal()
+    result.diagonal().add_((diagonal == 0).to(gram.dtype)).add_(damping * diagonal.mean())
+    return result
 
 
 class _Sweep:

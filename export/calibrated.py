@@ -19,9 +19,9 @@ from ..checkpoint import Checkpoint
 from ..hidden import HiddenStates
 from ..models import ModelFiles, load_tokenizer
 from .decoder import Weights
-from .gptq import rounded_levels
+from .gptq import rounded
 from .inputs import Int8Inputs, rounded_inputs
-from .quantize import Grid, Quantized, grid_scale, scale_of_columns
+from .quantize import Grid, Quantized, grid_scale
 
 WINDOWS = 16
 TOKENS_PER_WINDOW = 512
@@ -103,7 +103,6 @@ class CalibratedWeights(Weights):
 
 
 def _round(weight: torch.Tensor, gram: torch.Tensor, grid: Grid) -> Quantized:
-    scale = grid_scale(weight.numpy(force=True), grid)
-    of_columns = torch.from_numpy(scale_of_columns(scale, grid, weight.shape[1])).to(weight.device)
-    levels = rounded_levels(weight, gram, of_columns, grid.lowest, grid.highest)
-    return Quantized(levels.numpy(force=True), scale, grid)
+    scale = torch.from_numpy(grid_scale(weight.numpy(force=True), grid)).to(weight.device)
+    levels, scale = rounded(weight, gram, scale, grid)
+    return Quantized(levels.numpy(force=True), scale.numpy(force=True), grid)

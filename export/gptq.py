@@ -4,28 +4,59 @@ Input columns are rounded one after the other, and each passes its error on to t
 the inputs' covariance says (algorithm 1). Pruned weights are columns whose value is fixed at zero: what
 would flow into one flows on. So the mask stays, and the kept weights carry the loss.
 
-Behind SparseGPT this is that paper's joint sparsification and quantization, to the same levels: both sweeps
-visit the columns in the same order and correct by the same factor, so that their corrections add up to
-those of one sweep that zeroes and rounds at once.
+Columns are visited by falling activation, as in the authors' code: what matters most is rounded while all the
+others can still make up for it. Behind SparseGPT this is the joint sparsification and quantization of its
+paper: two sweeps that visit the columns in one order correct by the same factor, so that their corrections
+add up to those of a single sweep that zeroes and rounds at once.
+
+With 4 bits a coordinate descent follows (QuantEase, Behdin et al. 2023, arXiv 2309.01885): each level is
+chosen anew, given all others, and each scale by least squares. Of the 28 % that GPTQ costs the pruned
+SmolLM2-135M in perplexity with blocks of 128, order and descent leave 8 %.
 """
 
 from __future__ import annotations
 
 import torch
 
-from ..masking import SLAB, inverse_factor
+from ..masking import SLAB, damped, inverse_factor
+from .quantize import Grid
+
+SWEEPS = 2
+# Rows are independent of each other; so many at once bound the memory of a wide head.
+ROWS = 4096
+
+
+def rounded(
+    weight: torch.Tensor, gram: torch.Tensor, scale: torch.Tensor, grid: Grid
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Levels, int8 [out, in], and scales, float32 [out, groups], of `weight` on `grid`.
+
+    `weight` float32 [out, in], zero where it is pruned, and so are its levels; `gram` X^T X of the layer's
+    inputs, float32 [in, in]; `scale` float32 [out, groups], what to begin with. Raises UserError when `gram`
+    cannot be inverted.
+    """
+    order = gram.diagonal().argsort(descending=True)
+    levels = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    steps = _of_columns(scale, grid, weight)[:, order]
+    levels[:, order] = swept(weight[:, order], gram[order][:, order], steps, grid)
+    if grid.bits == 8:
+        # Too little is lost there for what follows to win (SmolLM2-135M: 0.9 % of the perplexity).
+        return levels, scale
+    gram, scale = damped(gram), scale.clone()
+    for start in range(0, len(weight), ROWS):
+        rows = slice(start, start + ROWS)
+        levels[rows], scale[rows] = descended(weight[rows], gram, levels[rows], scale[rows], grid)
+    return levels, scale
 
 
 @torch.no_grad()
-def rounded_levels(
-    weight: torch.Tensor, gram: torch.Tensor, scale: torch.Tensor, lowest: int, highest: int
-) -> torch.Tensor:
-    """Integer levels, int8 [out, in], with weight ~ levels * scale and zero where the weight is zero.
+def swept(weight: torch.Tensor, gram: torch.Tensor, scale: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """One sweep: levels, int8 [out, in], with weight ~ levels * scale and zero where the weight is zero.
 
-    `weight` float32 [out, in]; `gram` X^T X of the layer's inputs, float32 [in, in]; `scale` float32
-    [out, in], or [out, 1] where a channel has one. Raises UserError when `gram` cannot be inverted.
+    Columns are visited as they come. `weight`, `scale` float32 [out, in]; `gram` float32 [in, in]. Raises
+    UserError when `gram` cannot be inverted.
     """
-    keep, scale = weight != 0, scale.expand_as(weight)
+    keep = weight != 0
     left, factor = weight.clone(), inverse_factor(gram)
     levels = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     for start in range(0, weight.shape[1], SLAB):
@@ -34,9 +65,67 @@ def rounded_levels(
         errors = torch.empty_like(columns)
         for index, column in enumerate(columns):
             step, kept = scale[:, start + index], keep[:, start + index]
-            level = (column / step).round_().clamp_(lowest, highest).mul_(kept)
+            level = (column / step).round_().clamp_(grid.lowest, grid.highest).mul_(kept)
             levels[:, start + index] = level.to(torch.int8)
             errors[index] = (column - level * step) / within[index, index]
             columns[index + 1 :] -= torch.outer(within[index, index + 1 :], errors[index])
         left[:, slab.stop :] -= errors.t() @ factor[slab, slab.stop :]
     return levels
+
+
+@torch.no_grad()
+def descended(
+    weight: torch.Tensor, gram: torch.Tensor, levels: torch.Tensor, scale: torch.Tensor, grid: Grid
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Levels and scales of less output error tr((W - Q) G (W - Q)^T), which no step lets grow.
+
+    Shapes are those of `rounded`. A scale keeps its sign.
+    """
+    inputs, width = weight.shape[1], grid.block or weight.shape[1]
+    keep, level, steps = (weight != 0).t(), levels.t().float(), scale.t().clone()
+    # G (W - Q)^T: half of what the error falls by if a weight rises by one.
+    slope = gram @ (weight - levels * _of_columns(scale, grid, weight)).t()
+    for _ in range(SWEEPS):
+        for group, start in enumerate(range(0, inputs, width)):
+            stop = min(start + width, inputs)
+            for first in range(start, stop, SLAB):
+                slab = slice(first, min(first + SLAB, stop))
+                before = level[slab].clone()
+                _descend(level[slab], slope[slab].clone(), gram[slab, slab], steps[group], keep[slab], grid)
+                slope -= gram[:, slab] @ ((level[slab] - before) * steps[group])
+            part = slice(start, stop)
+            grown = _least_squares(level[part], slope[part], gram[part, part], steps[group])
+            slope -= gram[:, part] @ (level[part] * grown)
+            steps[group] += grown
+    return level.t().to(torch.int8), steps.t()
+
+
+def _of_columns(scale: torch.Tensor, grid: Grid, weight: torch.Tensor) -> torch.Tensor:
+    """The scale of each weight, float32 [out, in], of scales [out, groups]."""
+    width = grid.block or weight.shape[1]
+    return scale.repeat_interleave(width, dim=1)[:, : weight.shape[1]]
+
+
+def _descend(
+    level: torch.Tensor,
+    slope: torch.Tensor,
+    gram: torch.Tensor,
+    step: torch.Tensor,
+    keep: torch.Tensor,
+    grid: Grid,
+) -> None:
+    """Choose the levels of a slab [columns, out] one column after the other, in place."""
+    for index, (column, kept) in enumerate(zip(level, keep, strict=True)):
+        best = column + slope[index] / (gram[index, index] * step)
+        chosen = best.round_().clamp_(grid.lowest, grid.highest).mul_(kept)
+        slope -= torch.outer(gram[:, index], (chosen - column) * step)
+        column.copy_(chosen)
+
+
+def _least_squares(
+    level: torch.Tensor, slope: torch.Tensor, gram: torch.Tensor, step: torch.Tensor
+) -> torch.Tensor:
+    """What to add to the scale [out] of a group of columns, given its levels [columns, out]."""
+    curvature = ((gram @ level) * level).sum(0)
+    grown = (slope * level).sum(0) / curvature
+    return torch.where((curvature > 0) & ((step + grown) * step > 0), grown, 0.0)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dlp_deploy.checkpoint import open_checkpoint
 from dlp_deploy.export.calibrated import CalibratedWeights, quantization_text
 from dlp_deploy.export.decoder import Weights
-from dlp_deploy.export.gptq import rounded_levels
+from dlp_deploy.export.gptq import descended, rounded, swept
 from dlp_deploy.export.quantize import Grid, grid_scale, quantize, scale_of_columns
 from dlp_deploy.families import decoder_of
 from dlp_deploy.masking import inverse_factor, parse_pattern, prune_sparsegpt
@@ -33,18 +33,24 @@ def layer(seed: int, out: int = 24, inputs: int = 160) -> tuple[torch.Tensor, to
     return weight, torch.randn(600, inputs, generator=generator) @ (mixing + torch.eye(inputs))
 
 
+def steps_of(scale: torch.Tensor, grid: Grid, weight: torch.Tensor) -> torch.Tensor:
+    """The scale of each weight, [out, in]."""
+    of_columns = scale_of_columns(scale.numpy(), grid, weight.shape[1])
+    return torch.from_numpy(of_columns).expand_as(weight)
+
+
 def gptq(weight: torch.Tensor, inputs: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
     """Levels, and the weight that they stand for."""
-    scale = torch.from_numpy(scale_of_columns(grid_scale(weight.numpy(), grid), grid, weight.shape[1]))
-    levels = rounded_levels(weight, inputs.T @ inputs, scale, grid.lowest, grid.highest)
-    return levels, levels * scale
+    begin = torch.from_numpy(grid_scale(weight.numpy(), grid))
+    levels, scale = rounded(weight, inputs.T @ inputs, begin, grid)
+    return levels, levels * steps_of(scale, grid, weight)
 
 
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 2**31), grids)
 def test_output_error_is_less_than_that_of_rounding_to_nearest(seed: int, grid: Grid) -> None:
     weight, inputs = layer(seed)
-    levels, rounded = gptq(weight, inputs, grid)
+    levels, found = gptq(weight, inputs, grid)
     assert grid.lowest <= int(levels.min()) <= int(levels.max()) <= grid.highest
     assert (levels[weight == 0] == 0).all()
     nearest = torch.from_numpy(quantize(weight.numpy(), grid).dequantize())
@@ -52,7 +58,7 @@ def test_output_error_is_less_than_that_of_rounding_to_nearest(seed: int, grid: 
     def error(approximation: torch.Tensor) -> float:
         return float((inputs @ (approximation - weight).T).square().sum())
 
-    assert error(rounded) < error(nearest)
+    assert error(found) < error(nearest)
 
 
 def jointly_rounded(
@@ -77,12 +83,44 @@ def test_behind_sparsegpt_it_is_the_joint_sweep(seed: int, grid: Grid) -> None:
     gram = inputs.T @ inputs
     pruned = prune_sparsegpt(weight, gram, 0.6, parse_pattern("unstructured"))
     assert pruned.weight is not None
-    scale = scale_of_columns(grid_scale(pruned.weight.numpy(), grid), grid, 160)
-    scales = torch.from_numpy(scale).expand_as(weight)
-    levels = rounded_levels(pruned.weight, gram, scales, grid.lowest, grid.highest)
+    scales = steps_of(torch.from_numpy(grid_scale(pruned.weight.numpy(), grid)), grid, weight)
+    levels = swept(pruned.weight, gram, scales, grid)
     # Sums in another order: now and then a weight that is half way between two levels goes the other way,
     # and what follows in its row with it.
     assert (levels == jointly_rounded(weight, pruned.keep, gram, scales, grid)).float().mean() > 0.98
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 2**31), grids)
+def test_descent_from_any_levels_loses_output_error_and_no_zero(seed: int, grid: Grid) -> None:
+    weight, inputs = layer(seed)
+    gram = inputs.T @ inputs
+    begin = quantize(weight.numpy(), grid)
+    levels, scale = torch.from_numpy(begin.levels), torch.from_numpy(begin.scale)
+    found, refitted = descended(weight, gram, levels, scale, grid)
+
+    def error(levels: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """Of each output channel."""
+        return ((weight - levels * steps_of(scale, grid, weight)) @ inputs.T).square().sum(1)
+
+    assert grid.lowest <= int(found.min()) <= int(found.max()) <= grid.highest
+    assert (found[weight == 0] == 0).all()
+    assert (refitted * scale > 0).all()
+    assert (error(found, refitted) <= error(levels, scale) * (1 + 1e-4)).all()
+    assert error(found, refitted).sum() < 0.9 * error(levels, scale).sum()
+    # Where it stops, no level that is one step away is better.
+    again, _ = descended(weight, gram, found, refitted, grid)
+    assert (again == found).float().mean() > 0.9
+
+
+def test_inputs_that_are_never_seen_are_rounded_to_nearest() -> None:
+    weight, inputs = layer(2)
+    inputs[:, ::3] = 0
+    levels, found = gptq(weight, inputs, Grid(4))
+    assert torch.isfinite(found).all()
+    scale = found.abs().sum(1) / levels.abs().sum(1)
+    nearest = (weight[:, ::3] / scale[:, None]).round().clamp(-7, 7)
+    assert (levels[:, ::3] == nearest).float().mean() > 0.95
 
 
 def test_independent_inputs_leave_nothing_to_make_up_for() -> None:
@@ -94,8 +132,8 @@ def test_independent_inputs_leave_nothing_to_make_up_for() -> None:
 def test_a_weight_on_the_grid_stays_as_it_is() -> None:
     weight, inputs = layer(1)
     on_grid = torch.from_numpy(quantize(weight.numpy(), Grid(4)).dequantize())
-    _, rounded = gptq(on_grid, inputs, Grid(4))
-    torch.testing.assert_close(rounded, on_grid)
+    _, found = gptq(on_grid, inputs, Grid(4))
+    torch.testing.assert_close(found, on_grid)
 
 
 def logit_error(files: ModelFiles, weights: Weights, ids: torch.Tensor) -> float:
@@ -105,8 +143,8 @@ def logit_error(files: ModelFiles, weights: Weights, ids: torch.Tensor) -> float
         expected = model(ids).logits
         for name, module in model.named_modules():
             if isinstance(module, torch.nn.Linear):
-                rounded = torch.from_numpy(weights.quantized(name, Grid(4, 16)).dequantize())
-                module.weight = torch.nn.Parameter(rounded)
+                found = torch.from_numpy(weights.quantized(name, Grid(4, 16)).dequantize())
+                module.weight = torch.nn.Parameter(found)
         return float((model(ids).logits - expected).abs().mean())
 
 

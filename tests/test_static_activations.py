@@ -20,7 +20,7 @@ from dlp_deploy.checkpoint import open_checkpoint
 from dlp_deploy.errors import UserError
 from dlp_deploy.export.calibrated import CalibratedWeights, quantization_text
 from dlp_deploy.export.decoder import Weights
-from dlp_deploy.export.gptq import rounded_levels
+from dlp_deploy.export.gptq import rounded
 from dlp_deploy.export.inputs import Int8Inputs
 from dlp_deploy.export.plan import Graph, plan_graphs
 from dlp_deploy.export.quantize import Grid, grid_scale, quantize
@@ -145,7 +145,7 @@ def test_gptq_sees_the_inputs_as_the_engine_rounds_them(
     step = scale if static else seen[0].abs().amax(-1, keepdim=True) / 127
     rows = torch.round(seen[0] / step) * step
     of_channels = torch.from_numpy(grid_scale(linear.weight.detach().numpy(), grid))
-    expected = rounded_levels(linear.weight, rows.T @ rows, of_channels, grid.lowest, grid.highest)
+    expected, _ = rounded(linear.weight, rows.T @ rows, of_channels, grid)
     found = CalibratedWeights(checkpoint, files, text, grid, Grid(8), inputs, tmp_path).quantized(layer, grid)
     assert (torch.from_numpy(found.levels) == expected).float().mean() > 0.999
 
