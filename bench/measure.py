@@ -16,7 +16,7 @@ from ..export.reference import Reference, read_reference
 from ..export.verify import compare_logits
 from ..perplexity import Perplexity, perplexity_of
 from ..progress import Advance, progress, say
-from .engines import Engine
+from .engines import has_room
 from .machine import available_memory, processor_time
 from .plan import Candidate
 from .statistics import is_stable
@@ -35,8 +35,6 @@ QUANTIZED_RATIO = 1.5
 # Without that measure there is only what a right graph has never reached.
 UNMEASURED_LIMIT = 0.1
 WARM_UPS = 8
-# What a worker takes beside its model.
-WORKER_BYTES = 400 << 20
 
 
 @dataclass(frozen=True)
@@ -144,11 +142,6 @@ def measure(candidates: Sequence[Candidate], workload: Workload) -> tuple[list[O
     return outcomes, noise, pool.holds_all
 
 
-def has_room(engine: Engine, weight_bytes: int, available_bytes: int) -> bool:
-    """Whether a model of this size can be loaded into so much memory."""
-    return engine.loaded_bytes_per_byte * weight_bytes + WORKER_BYTES <= 0.9 * available_bytes
-
-
 def measure_perplexity(outcomes: Sequence[Outcome], windows: np.ndarray, cores: Sequence[int]) -> None:
     """Perplexity of each timed run in its engine, on windows int64 [n, L].
 
@@ -216,6 +209,9 @@ class _Pool:
                 say("Memory does not hold all models at once: they are loaded in turn in every round")
             self.holds_all = False
             self.drop(name)
+        if candidate.weight_bytes > (free := available_memory()):
+            needed, there = candidate.weight_bytes / 1e9, free / 1e9
+            raise WorkerError(f"memory does not hold its {needed:.1f} GB of weights: {there:.1f} GB are free")
 
     def drop(self, name: str) -> None:
         self._warm.discard(name)

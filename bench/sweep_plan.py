@@ -12,10 +12,10 @@ from ..artifact import EngineName, Precision
 from ..errors import UserError
 from ..export.plan import BLOCK_SIZES, baseline_of, split_list
 from ..families import decoder_of
-from .engines import engine_named
+from .engines import engine_named, has_room
 from .environments import interpreter
 from .machine import available_memory, choose_cores, require_avx2
-from .measure import Workload, check_lengths, has_room
+from .measure import Workload, check_lengths
 from .random_model import RandomModel, graph_bytes
 from .shapes import shape_config
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+import onnx
 import onnxruntime
 
 
@@ -20,6 +21,9 @@ class Session:
     def load(self, model: str, context: int, prompt: int) -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self.threads
+        if not _packs_in_blocks(model):
+            # Its weights are then read where the file is mapped, so that memory need not hold the graph.
+            options.add_session_config_entry("session.disable_prepacking", "1")
         self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         self._inputs = {entry.name: entry.shape for entry in self._session.get_inputs()}
         self._outputs = [entry.name for entry in self._session.get_outputs()]
@@ -56,3 +60,9 @@ class Session:
         logits = outputs.pop("logits")[0]
         self._past = {name.replace("present", "past_key_values"): value for name, value in outputs.items()}
         return logits
+
+
+def _packs_in_blocks(model: str) -> bool:
+    """Whether the graph has MatMulNBits, which computes something else with weights that are not packed."""
+    graph = onnx.load(model, load_external_data=False).graph
+    return any(node.op_type == "MatMulNBits" for node in graph.node)

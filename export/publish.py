@@ -10,11 +10,13 @@ from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import torch
 
 from ..artifact import CHECKPOINT, Activations, Export, OutputCheck
-from ..bench.engines import engine_named
+from ..bench.engines import Engine, engine_named, has_room
 from ..bench.environments import list_engines
+from ..bench.machine import available_memory
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..families import Outline, decoder_of
 from ..models import ModelFiles, load_config
@@ -30,11 +32,11 @@ from .reference import Reference, torch_reference, write_reference
 from .sensitivity import choose_kept, measure_costs, named_layers
 from .smooth import MIGRATION, STATIC_MIGRATION, Smoothing, measure_smoothing, smoothed_checkpoint
 from .verify import (
+    PLAIN_ONNXRUNTIME,
     check_structure,
     compare_logits,
     count_zeros,
     engine_logits,
-    graph_logits,
     require_agreement,
 )
 from .write import write_graph
@@ -157,7 +159,8 @@ def _write_and_verify(folder: Path, checkpoint: Path, source: Source, graph: Gra
     write_companions(folder, checkpoint, config, graph.engine)
     if graph.engine != "llamacpp":
         check_structure(written.model)
-    checks = _check_outputs(folder, written.model, source.reference, graph)
+    engines, notes = _checking_engines(graph, written.weight_bytes)
+    checks = _check_outputs(folder, written.model, source.reference, graph, engines)
     rounding, block_size, activations = _quantization(graph)
     return Export(
         path=graph.folder,
@@ -173,7 +176,7 @@ def _write_and_verify(folder: Path, checkpoint: Path, source: Source, graph: Gra
         kept_fp32=kept,
         activations=activations,
         checks=checks,
-        notes=written.notes,
+        notes=(*written.notes, *notes),
     )
 
 
@@ -192,35 +195,43 @@ def _is_export_of(export: Export, graph: Graph) -> bool:
     return (found, quantization) == ((graph.precision, keeps), _quantization(graph))
 
 
-def _check_outputs(folder: Path, model: Path, reference: Reference, graph: Graph) -> tuple[OutputCheck, ...]:
-    """Run the graph in ONNX Runtime, and in its own engine where that is another one and installed.
-
-    llama.cpp alone runs GGUF files, so it must be.
-    """
-    if graph.engine == "llamacpp":
-        write_reference(folder, reference)
-        theirs = engine_logits(engine_named(graph.engine), model, reference.ids, reference.prompt)
-        checks = [compare_logits(graph.engine, "torch", theirs, reference.logits)]
-    else:
-        checks = _check_onnx(folder, model, reference, graph)
+def _check_outputs(
+    folder: Path, model: Path, reference: Reference, graph: Graph, engines: Sequence[Engine]
+) -> tuple[OutputCheck, ...]:
+    """Run the graph in `engines`, and hold it against torch, and against ONNX Runtime if that is one."""
+    logits: dict[str, np.ndarray] = {}
+    with progress(f"Checking {graph.label}", len(engines)) as advance:
+        for engine in engines:
+            advance(0, note=engine.title)
+            logits[engine.name] = engine_logits(engine, model, reference.ids, reference.prompt)
+            advance()
+    write_reference(folder, replace(reference, graph_logits=logits.get("onnxruntime")))
+    checks = [compare_logits(name, "torch", found, reference.logits) for name, found in logits.items()]
+    if len(engines) > 1:
+        theirs, ours = logits[graph.engine], logits["onnxruntime"]
+        checks.append(compare_logits(graph.engine, "onnxruntime", theirs, ours))
     for check in checks:
         require_agreement(check, graph.precision, model)
     return tuple(checks)
 
 
-def _check_onnx(folder: Path, model: Path, reference: Reference, graph: Graph) -> list[OutputCheck]:
-    ours = graph_logits(model, reference.ids, reference.prompt)
-    write_reference(folder, replace(reference, graph_logits=ours))
-    checks = [compare_logits("onnxruntime", "torch", ours, reference.logits)]
-    if graph.engine != "onnxruntime" and _is_installed(graph.engine):
-        theirs = engine_logits(engine_named(graph.engine), model, reference.ids, reference.prompt)
-        checks.append(compare_logits(graph.engine, "torch", theirs, reference.logits))
-        checks.append(compare_logits(graph.engine, "onnxruntime", theirs, ours))
-    return checks
+def _checking_engines(graph: Graph, weight_bytes: int) -> tuple[list[Engine], tuple[str, ...]]:
+    """The engines to check a graph in, and a note where its own is left out: it may be missing here, and
+    memory may not hold what it makes of the weights. ONNX Runtime reads them where the file is mapped.
 
-
-def _is_installed(engine: str) -> bool:
-    return any(status.engine.name == engine and status.python for status in list_engines())
+    llama.cpp alone runs GGUF files, so it must be.
+    """
+    if graph.engine == "llamacpp":
+        return [engine_named(graph.engine)], ()
+    if graph.engine == "onnxruntime":
+        return [PLAIN_ONNXRUNTIME], ()
+    own = engine_named(graph.engine)
+    if not any(status.engine == own and status.python for status in list_engines()):
+        return [PLAIN_ONNXRUNTIME], (f"not checked in {own.title}: it was not installed",)
+    if not has_room(own, weight_bytes, available_memory()):
+        say(f"{graph.label} is not checked in {own.title}: memory does not hold it")
+        return [PLAIN_ONNXRUNTIME], (f"not checked in {own.title}: memory did not hold it",)
+    return [PLAIN_ONNXRUNTIME, own], ()
 
 
 def _summary(export: Export) -> str:

@@ -104,10 +104,10 @@ def _gguf_zeros(
 def _onnx_zeros(
     model: Path, weights: Weights, _decoder: Outline, expected: frozenset[str]
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    for name, stored in _initializers(model):
-        layers = layers_of(name.removesuffix(".weight"))
-        if name.endswith(".weight") and expected.issuperset(layers):
-            yield from _zeros_of_layers(stored, weights, layers)
+    for tensor in onnx.load(str(model), load_external_data=False).graph.initializer:
+        layers = layers_of(tensor.name.removesuffix(".weight"))
+        if tensor.name.endswith(".weight") and expected.issuperset(layers):
+            yield from _zeros_of_layers(_stored(tensor, model.parent), weights, layers)
 
 
 def _zeros_of_layers(
@@ -121,18 +121,14 @@ def _zeros_of_layers(
     yield from zip(layers, np.split(graph_zero, ends[:-1]), sources, strict=True)
 
 
-def _initializers(model: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Initializers by name; external ones as views of the mapped data file."""
-    graph = onnx.load(str(model), load_external_data=False).graph
-    data = np.memmap(model.parent / DATA_FILE, mode="r", dtype=np.uint8)
-    for tensor in graph.initializer:
-        if tensor.data_location != onnx.TensorProto.EXTERNAL:
-            yield tensor.name, numpy_helper.to_array(tensor)
-            continue
-        place = {entry.key: entry.value for entry in tensor.external_data}
-        start, length = int(place["offset"]), int(place["length"])
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
-        yield tensor.name, data[start : start + length].view(dtype).reshape(tuple(tensor.dims))
+def _stored(tensor: onnx.TensorProto, folder: Path) -> np.ndarray:
+    """The values of an initializer. Read, not mapped: mapped pages of all of them would count as memory."""
+    if tensor.data_location != onnx.TensorProto.EXTERNAL:
+        return numpy_helper.to_array(tensor)
+    place = {entry.key: entry.value for entry in tensor.external_data}
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    count, start = int(place["length"]) // dtype.itemsize, int(place["offset"])
+    return np.fromfile(folder / DATA_FILE, dtype, count, offset=start).reshape(tuple(tensor.dims))
 
 
 def _zeros(stored: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

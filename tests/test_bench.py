@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +17,8 @@ from rich.console import Console
 
 from dlp_deploy.artifact import list_files, read_manifest, write_manifest
 from dlp_deploy.bench import bench, measure
-from dlp_deploy.bench.engines import engine_named
+from dlp_deploy.bench.engines import engine_named, has_room
 from dlp_deploy.bench.environments import install
-from dlp_deploy.bench.measure import has_room
 from dlp_deploy.bench.present import print_report, to_csv, to_markdown
 from dlp_deploy.bench.report import SCHEMA_FILE, Report, json_schema, read_report, to_json
 from dlp_deploy.errors import UserError
@@ -225,6 +225,20 @@ def test_with_little_memory_the_models_are_loaded_in_turn(
     assert not report.all_loaded
     assert [run.status for run in report.runs] == ["ok"] * 3
     assert all(len(run.samples_ms) == 10 for run in report.runs)
+
+
+def test_weights_that_memory_does_not_hold_are_not_loaded(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {export.precision: export.weight_bytes for export in read_manifest(artifact).exports}
+    monkeypatch.setattr(measure, "available_memory", lambda: sizes["fp32"] - 1)
+    report = bench(artifact, engine="onnxruntime", baseline="int8", output=tmp_path / "r.json", **QUICK)
+    assert {run.name: run.status for run in report.runs} == {
+        "onnxruntime-fp32-s70": "failed",
+        "onnxruntime-int8-s70": "ok",
+        "onnxruntime-int8-dense": "ok",
+    }
+    assert re.search(r"memory does not hold .* GB are free", report.run("onnxruntime-fp32-s70").reason)
 
 
 def test_what_memory_has_room_for() -> None:

@@ -16,6 +16,8 @@ from pathlib import Path
 from ...errors import UserError
 
 LOCKS = Path(__file__).resolve().parent.parent / "locks"
+# What a worker takes beside its model.
+WORKER_BYTES = 400 << 20
 
 
 @dataclass(frozen=True)
@@ -65,3 +67,8 @@ def engine_named(name: str) -> Engine:
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(f"there is no engine {name!r}{hint} Engines are: {', '.join(engines())}")
     return found
+
+
+def has_room(engine: Engine, weight_bytes: int, available_bytes: int) -> bool:
+    """Whether a model of this size can be loaded into so much memory."""
+    return engine.loaded_bytes_per_byte * weight_bytes + WORKER_BYTES <= 0.9 * available_bytes
