@@ -2,7 +2,7 @@
 
     python benchmarks/precisions.py ARTIFACT [--data builtin] [--windows 16] [--seqlen 512]
 
-ARTIFACT is what prune wrote; graphs in it are replaced. Half an hour on 2 cores for SmolLM2-135M; results
+ARTIFACT is what prune wrote; graphs in it are replaced. An hour on 2 cores for SmolLM2-135M; results
 are appended to a file, and those that are there already are not measured again.
 """
 
@@ -89,9 +89,8 @@ def run(artifact: Path, variant: Variant, options: argparse.Namespace) -> Result
     except SystemExit:
         # What it said is on stderr: most likely that its logits are too far from torch's.
         return Result(variant.engine, variant.title)
-    found = evaluate(
-        str(artifact), variant.engine, options.data, windows=options.windows, seqlen=options.seqlen
-    )
+    text = {"windows": options.windows, "seqlen": options.seqlen}
+    found = evaluate(str(artifact), variant.engine, options.data, variant.precision, **text)
     perplexity = (variant.engine, variant.title, found.perplexity, found.stderr)
     if variant == PRUNED:
         return Result(*perplexity)

@@ -181,12 +181,29 @@ class Manifest(_Stored):
     exports: tuple[Export, ...] = ()
     files: tuple[StoredFile, ...] = ()
 
-    def export_for(self, engine: str, precision: str, dense: bool) -> Export | None:
-        """The export with these properties, or None."""
-        for export in self.exports:
-            if (export.engine, export.precision, export.dense) == (engine, precision, dense):
-                return export
-        return None
+    def export_for(self, engine: str, precision: str | None, dense: bool) -> Export | None:
+        """The export with these properties, or None. Of any precision: the one in the engine's own folder, if
+        there is one."""
+        found = [
+            export
+            for export in self.exports
+            if (export.engine, export.dense) == (engine, dense) and precision in (None, export.precision)
+        ]
+        return min(found, key=lambda export: export.path != engine, default=None)
+
+
+def graph_of(folder: Path, engine: str, precision: str | None, dense: bool = False) -> Export:
+    """An artifact's graph to run, whose files are found to be what the manifest says.
+
+    Raises UserError when there is none like that, and for files that are missing or altered.
+    """
+    manifest = read_manifest(folder)
+    if export := manifest.export_for(engine, precision, dense):
+        check_files(folder, manifest, (f"{export.path}/",))
+        return export
+    wanted = " ".join(filter(None, ("dense" if dense else "sparse", "graph for", engine, precision)))
+    has = ", ".join(f"{e.engine} {e.precision}{' dense' if e.dense else ''}" for e in manifest.exports)
+    raise UserError(f"{folder} has no {wanted}; it has: {has or 'none'}; add one with: dlp-deploy export")
 
 
 def list_files(folder: Path, known: Iterable[StoredFile] = ()) -> tuple[StoredFile, ...]:

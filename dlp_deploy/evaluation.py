@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .artifact import CHECKPOINT, MANIFEST, check_files, read_manifest
+from .artifact import CHECKPOINT, MANIFEST, graph_of
 from .bench.engines import engine_named
 from .bench.worker import EngineWorker
 from .blocks import logits_of
@@ -68,8 +68,9 @@ def evaluate(
     if engine == "torch":
         result, chosen = perplexity_of(torch_nll(files, text)), "fp32"
     else:
-        chosen, graph = _graph(folder, engine, precision, dense)
-        result = perplexity_of(_engine_nll(engine, graph, text, _cores(cores)))
+        graph = graph_of(folder, engine, precision, dense)
+        chosen, path = graph.precision, folder / graph.path / engine_named(engine).model_file
+        result = perplexity_of(_engine_nll(engine, path, text, _cores(cores)))
     return _record(model, engine, chosen, data, text, result)
 
 
@@ -77,19 +78,6 @@ def _files(model: str, folder: Path) -> ModelFiles:
     if (folder / MANIFEST).is_file():
         return ModelFiles(folder.name, model, folder / CHECKPOINT)
     return resolve_model(model)
-
-
-def _graph(folder: Path, engine: str, precision: str | None, dense: bool) -> tuple[str, Path]:
-    """Precision and path of the graph to run. Raises UserError when the artifact has none like that."""
-    manifest = read_manifest(folder)
-    for export in manifest.exports:
-        if (export.engine, export.dense) == (engine, dense) and precision in (None, export.precision):
-            check_files(folder, manifest, (export.path + "/",))
-            return export.precision, folder / export.path / engine_named(engine).model_file
-    has = ", ".join(f"{e.engine} {e.precision}{' dense' if e.dense else ''}" for e in manifest.exports)
-    raise UserError(
-        f"{folder} has no such graph for {engine}; it has: {has or 'none'}; add one with: dlp-deploy export"
-    )
 
 
 def torch_nll(files: ModelFiles, text: TokenWindows) -> np.ndarray:

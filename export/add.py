@@ -50,11 +50,13 @@ def add_graphs(artifact: Path, graphs: Sequence[Graph], dense: ModelFiles | None
 
 
 def remove_graphs(artifact: Path, graphs: Sequence[Graph], force: bool) -> None:
-    """Make room for `graphs`. Raises UserError when one is there and `force` is not given, or when the
-    model is one that there is no way to export to them."""
+    """Make room for `graphs`. Raises UserError when one is there, be it in another folder, and `force` is not
+    given, or when the model is one that there is no way to export to them."""
     manifest = read_manifest(artifact)
     require_exportable(_pruned_files(artifact, manifest), graphs)
-    there = [graph.folder for graph in graphs if (artifact / graph.folder).exists()]
+    alike = [manifest.export_for(graph.engine, graph.precision, graph.dense) for graph in graphs]
+    folders = {graph.folder for graph in graphs} | {export.path for export in alike if export}
+    there = sorted(folder for folder in folders if (artifact / folder).exists())
     if there and not force:
         raise UserError(f"{artifact / there[0]} exists; add --force to replace it")
     gone = tuple(f"{folder}/" for folder in there)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dlp_deploy.artifact import check_files, read_manifest
+from dlp_deploy.artifact import check_files, graph_of, read_manifest
 
 TINY = ("--calib", "builtin", "--nsamples", "4", "--seqlen", "64")
 
@@ -59,6 +59,28 @@ def test_export_adds_a_precision_and_refuses_to_replace_one(
     assert "--force" in err
     assert run(*command, "--force")[0] == 0
     check_files(output, read_manifest(output))
+
+
+def test_a_precision_is_there_once_and_the_first_asked_for_is_the_artifacts_own(
+    run: Callable[..., tuple[int, str, str]], tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    output = tmp_path / "artifact"
+    assert run("prune", "--model", tiny_checkpoint("qwen2"), "--output", output, *TINY)[0] == 0
+    command = ("export", output, "--target", "onnxruntime", "--baseline", "none", "--quant")
+
+    def graphs() -> dict[str, str]:
+        check_files(output, read_manifest(output))
+        return {export.path: export.precision for export in read_manifest(output).exports}
+
+    assert run(*command, "fp32,int8")[0] == 0
+    assert graphs() == {"onnxruntime": "fp32", "onnxruntime-int8": "int8"}
+    status, _, err = run(*command, "int8")
+    assert (status, err.count("\n")) == (2, 1)
+    assert run(*command, "int8", "--force")[0] == 0
+    assert graphs() == {"onnxruntime": "int8"}
+    assert run(*command, "int4,fp32", "--force")[0] == 0
+    assert graph_of(output, "onnxruntime", None).precision == "int4"
+    assert graphs() == {"onnxruntime": "int4", "onnxruntime-fp32": "fp32"}
 
 
 @pytest.mark.parametrize(

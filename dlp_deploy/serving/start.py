@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..artifact import check_files, read_manifest
+from ..artifact import graph_of
 from ..bench.engines import engine_named
 from ..bench.machine import choose_cores
 from ..bench.worker import EngineWorker
@@ -31,34 +31,20 @@ def start(
     port: int,
 ) -> None:
     """See dlp_deploy.serving.serve."""
-    graph = _graph(folder, engine, precision)
+    described = engine_named(engine)
+    graph = folder / graph_of(folder, engine, precision).path / described.model_file
     files = ModelFiles(folder.resolve().name, str(folder), graph.parent)
     chosen, positions = choose_cores(cores), _positions(files, context)
     codec = open_codec(files)
     with (
         termination_as_interrupt(),
         bound_socket(host, port) as listener,
-        EngineWorker.spawn(engine_named(engine), chosen) as worker,
+        EngineWorker.spawn(described, chosen) as worker,
     ):
         say(f"Loading {graph.parent} into {engine}: {len(chosen)} cores, context of {positions} tokens")
         step = min(PROMPT_STEP, positions - 1)
         worker.load(graph, positions, prompt=step)
         run(worker, listener, files.name, codec, positions, step)
-
-
-def _graph(folder: Path, engine: str, precision: str | None) -> Path:
-    """The sparse graph to serve; its folder's files are what the manifest says."""
-    model_file = engine_named(engine).model_file
-    manifest = read_manifest(folder)
-    for export in manifest.exports:
-        if export.engine == engine and not export.dense and precision in (None, export.precision):
-            check_files(folder, manifest, (f"{export.path}/",))
-            return folder / export.path / model_file
-    has = ", ".join(f"{export.engine} {export.precision}" for export in manifest.exports if not export.dense)
-    raise UserError(
-        f"{folder} has no sparse graph for {engine} {precision or ''}".rstrip()
-        + f"; it has: {has or 'none'}; add one with: dlp-deploy export"
-    )
 
 
 def _positions(files: ModelFiles, asked: int | None) -> int:
