@@ -84,7 +84,7 @@ def test_behind_sparsegpt_it_is_the_joint_sweep(seed: int, grid: Grid) -> None:
     pruned = prune_sparsegpt(weight, gram, 0.6, parse_pattern("unstructured"))
     assert pruned.weight is not None
     scales = steps_of(torch.from_numpy(grid_scale(pruned.weight.numpy(), grid)), grid, weight)
-    levels = swept(pruned.weight, gram, scales, grid)
+    levels = swept(pruned.weight, inverse_factor(gram), scales, grid)
     # Sums in another order: now and then a weight that is half way between two levels goes the other way,
     # and what follows in its row with it.
     assert (levels == jointly_rounded(weight, pruned.keep, gram, scales, grid)).float().mean() > 0.98
