@@ -5,7 +5,7 @@
 Both run in the same environment on the same cores. deepsparse.benchmark decodes the same token at one depth,
 over and over; ours decodes tokens around that depth, for half of the time before it and for half after it,
 so that a machine that grows slower or faster does so for both. Goal: within 5 %. Compiles both anew in every
-repeat, a minute each for the demo's model.
+repeat: a minute and a half for the demo's model.
 """
 
 from __future__ import annotations
