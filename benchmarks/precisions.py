@@ -46,7 +46,7 @@ VARIANTS = (
     PRUNED,
     Variant("onnxruntime", "fp32"),
     Variant("deepsparse", "fp32"),
-    Variant("onnxruntime", "int8"),
+    Variant("onnxruntime", "int8", "nearest"),
     Variant("deepsparse", "int8"),
     Variant("deepsparse", "int8", activations="static"),
     Variant("onnxruntime", "int4", "nearest", 128),
