@@ -13,19 +13,21 @@
 A graph folder holds model.onnx and model.onnx.data, or model.gguf for llama.cpp, and reference.safetensors
 (what its logits should be).
 
-Every file is listed with its size and SHA-256, so that a truncated copy is recognized.
+Every file is listed with its size and SHA-256, so that a truncated copy is recognized. All paths in the
+manifest are relative to its folder and stay below it: a manifest may come from anybody.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
-from typing import Literal
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from .errors import UserError
-from .storage import sha256_file, write_text
+from .storage import is_temporary, sha256_file, write_text
 from .threads import map_in_threads
 
 SCHEMA = 1
@@ -37,6 +39,27 @@ RECIPE = "recipe.yaml"
 EngineName = Literal["deepsparse", "onnxruntime", "llamacpp"]
 Precision = Literal["fp32", "int8", "int4"]
 Activations = Literal["dynamic", "static"]
+
+
+def _inside(path: str) -> str:
+    relative = PurePosixPath(path)
+    plain = path == relative.as_posix() != "." and path.isprintable() and "\\" not in path
+    if not plain or relative.is_absolute() or ".." in relative.parts or path == MANIFEST:
+        raise PydanticCustomError(
+            "outside", "{path} lies outside the artifact; do not trust it", {"path": repr(path)}
+        )
+    return path
+
+
+def _of_a_graph(path: str) -> str:
+    if PurePosixPath(path).parts[0] == CHECKPOINT:
+        raise PydanticCustomError("checkpoint", "a graph is not in {path}; do not trust it", {"path": path})
+    return path
+
+
+# Below the artifact's folder, and in no need of resolving: what it names may be read, replaced and removed.
+InsidePath = Annotated[str, AfterValidator(_inside)]
+GraphPath = Annotated[InsidePath, AfterValidator(_of_a_graph)]
 
 
 class _Stored(BaseModel):
@@ -149,7 +172,7 @@ class Export(_Stored):
     per token, dynamic, or per layer, static; None where none are.
     """
 
-    path: str
+    path: GraphPath
     engine: EngineName
     precision: Precision
     dense: bool
@@ -166,8 +189,8 @@ class Export(_Stored):
 
 
 class StoredFile(_Stored):
-    path: str
-    bytes: int
+    path: InsidePath
+    bytes: Annotated[int, Field(ge=0)]
     sha256: str
 
 
@@ -195,24 +218,45 @@ class Manifest(_Stored):
 def graph_of(folder: Path, engine: str, precision: str | None, dense: bool = False) -> Export:
     """An artifact's graph to run, whose files are found to be what the manifest says.
 
-    Raises UserError when there is none like that, and for files that are missing or altered.
+    Raises UserError when there is none like that, for files that are missing, altered or not listed, and
+    for a graph that the engine must not be given (see export/loadable.py).
     """
     manifest = read_manifest(folder)
     if export := manifest.export_for(engine, precision, dense):
         check_files(folder, manifest, (f"{export.path}/",))
+        _check_graph(folder, manifest, export)
         return export
     wanted = " ".join(filter(None, ("dense" if dense else "sparse", "graph for", engine, precision)))
     has = ", ".join(f"{e.engine} {e.precision}{' dense' if e.dense else ''}" for e in manifest.exports)
     raise UserError(f"{folder} has no {wanted}; it has: {has or 'none'}; add one with: dlp-deploy export")
 
 
+def _check_graph(folder: Path, manifest: Manifest, export: Export) -> None:
+    """Raise UserError unless the manifest lists the graph's file and all that it reads."""
+    # Imported here: reading a manifest must not cost the import of onnx.
+    from .bench.engines import engine_named
+    from .export.loadable import require_loadable
+
+    listed = {stored.path for stored in manifest.files}
+    model = f"{export.path}/{engine_named(export.engine).model_file}"
+    beside = require_loadable(folder / model, export.engine) if model in listed else ()
+    for name in (model, *(f"{export.path}/{name}" for name in beside)):
+        if name not in listed:
+            raise UserError(f"{folder / name} is not listed in {MANIFEST}; export it again")
+
+
 def list_files(folder: Path, known: Iterable[StoredFile] = ()) -> tuple[StoredFile, ...]:
-    """Size and SHA-256 of every file below `folder` but the manifest, in path order.
+    """Size and SHA-256 of every file below `folder` but the manifest, in path order. What is unfinished, or
+    about to be removed, is left out.
 
     Files that are in `known` are taken from there and not hashed again.
     """
     digests = {stored.path: stored for stored in known}
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
+    files = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and path != folder / MANIFEST and not is_temporary(path.relative_to(folder))
+    )
 
     def stored(path: Path) -> StoredFile:
         name = path.relative_to(folder).as_posix()
@@ -232,8 +276,13 @@ def read_manifest(folder: Path) -> Manifest:
         raise UserError(
             f"{folder} is no artifact (it has no {MANIFEST}); make one with: dlp-deploy prune-export"
         )
+    return parse_manifest(path.read_bytes(), path)
+
+
+def parse_manifest(text: bytes, path: Path) -> Manifest:
+    """The manifest with this text. Raises UserError naming `path`, where it is from, when it is none."""
     try:
-        return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
+        return Manifest.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
@@ -241,20 +290,25 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def check_files(folder: Path, manifest: Manifest, below: Iterable[str] = ("",)) -> None:
-    """Raise UserError naming the first file that is missing or differs from the manifest.
+    """Raise UserError naming the first file that is missing or differs from the manifest, and when the
+    manifest lists none to compare with.
 
     Only files whose path starts with one of `below` are read: benchmarking one engine need not
     hash the graphs of the other. A graph that DeepSparse's own tools were run on is put in order.
     """
     prefixes = tuple(below)
-    for stored in manifest.files:
-        if not stored.path.startswith(prefixes):
-            continue
+    for prefix in prefixes:
+        if not any(stored.path.startswith(prefix) for stored in manifest.files):
+            raise UserError(f"{folder / MANIFEST} lists no file of {folder / prefix}; export it again")
+
+    def check(stored: StoredFile) -> None:
         path = folder / stored.path
         if not path.is_file():
             raise UserError(f"{folder} is incomplete: {stored.path} is missing; export it again")
         if not _is_as_stored(path, stored):
             raise UserError(f"{path} was altered after export (its SHA-256 differs); export it again")
+
+    map_in_threads(check, (stored for stored in manifest.files if stored.path.startswith(prefixes)))
 
 
 def _is_as_stored(path: Path, stored: StoredFile) -> bool:

@@ -6,15 +6,20 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from .errors import UserError
 
 PARTIAL_SUFFIX = ".partial"
+# A folder that optimum's exporter writes to, on the way to a graph.
+TRACED_PREFIX = ".traced-"
+_REPLACED = re.compile(r"\.(.+)\.\d+\.old")
 
 
 @contextmanager
@@ -38,6 +43,22 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether `path` is, or is in, something that is not finished yet or was replaced already."""
+    return any(
+        part.endswith(PARTIAL_SUFFIX) or part.startswith(TRACED_PREFIX) or _REPLACED.fullmatch(part)
+        for part in path.parts
+    )
+
+
+def sync_files(folder: Path) -> None:
+    """Make the content of all files below `folder` survive a power cut."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
 
 
 def sync_folder(folder: Path) -> None:
@@ -68,6 +89,22 @@ def refuse_existing(path: Path, force: bool) -> None:
         raise UserError(f"{path} exists; give another --output, or --force to replace it")
 
 
+@contextmanager
+def new_folder(final: Path) -> Iterator[Path]:
+    """Yield a folder to fill, which becomes `final`, in place of an older one, when the body succeeds, and is
+    removed when it fails.
+
+    Its name is its own: `partial_folder(final)` may hold the hours of a run that is to be resumed.
+    """
+    folder = final.with_name(f".{final.name}.{uuid4().hex[:12]}{PARTIAL_SUFFIX}")
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+        replace_folder(folder, final)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def replace_folder(finished: Path, final: Path) -> None:
     """Move the folder `finished` to `final`, taking the place of an older `final`."""
     old = final.with_name(f".{final.name}.{os.getpid()}.old")
@@ -77,6 +114,17 @@ def replace_folder(finished: Path, final: Path) -> None:
     sync_folder(final.parent)
     if old.exists():
         shutil.rmtree(old)
+
+
+def drop_leftovers(folder: Path) -> None:
+    """Remove what a killed process left unfinished directly below `folder`, and end its replacements: a
+    folder that was moved away comes back where nothing took its place."""
+    for path in folder.glob("*"):
+        replaced = _REPLACED.fullmatch(path.name)
+        if replaced and not path.with_name(replaced[1]).exists():
+            path.replace(path.with_name(replaced[1]))
+        elif is_temporary(Path(path.name)):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def user_cache() -> Path:

@@ -15,16 +15,14 @@ from __future__ import annotations
 import hashlib
 import shutil
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
 from io import BytesIO
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import BinaryIO
 
-from ..artifact import MANIFEST, Manifest, StoredFile, read_manifest
+from ..artifact import MANIFEST, Manifest, StoredFile, parse_manifest, read_manifest
 from ..errors import UserError
 from ..progress import Advance, progress, say
-from ..storage import atomic_path, naming_full_disk, partial_folder, refuse_existing, replace_folder
+from ..storage import atomic_path, naming_full_disk, new_folder, refuse_existing
 from .pieces import DamagedPiece, decode, encode
 from .reshaped import restore_graph
 
@@ -72,12 +70,12 @@ def unpack(packed: Path | str, output: Path | str | None = None, force: bool = F
     if final == path:
         raise UserError(f"{path} does not end in {SUFFIX}; say where to unpack it with --output")
     refuse_existing(final, force)
-    with naming_full_disk(final), path.open("rb") as stream, _growing(final) as folder:
+    with naming_full_disk(final), path.open("rb") as stream, new_folder(final) as folder:
         manifest = _read_head(stream, path, folder)
         written: dict[str, Path] = {}
         with progress("Unpacking", _pieces(manifest)) as advance:
             for stored in manifest.files:
-                target = folder / _inside(stored.path, path)
+                target = folder / stored.path
                 target.parent.mkdir(parents=True, exist_ok=True)
                 if stored.sha256 in written:
                     shutil.copyfile(written[stored.sha256], target)
@@ -124,19 +122,6 @@ def _checked(piece: bytes) -> bytes:
     return form
 
 
-@contextmanager
-def _growing(final: Path) -> Iterator[Path]:
-    """A folder that becomes `final` when the body succeeds, and vanishes when it does not."""
-    folder = partial_folder(final)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-        replace_folder(folder, final)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def _read_head(stream: BinaryIO, path: Path, folder: Path) -> Manifest:
     """Check the magic, and put the manifest into `folder`."""
     head = stream.read(len(MAGIC) + _LENGTH.size)
@@ -146,15 +131,9 @@ def _read_head(stream: BinaryIO, path: Path, folder: Path) -> Manifest:
     text = stream.read(min(length, MOST_MANIFEST_BYTES))
     if len(text) != length:
         raise UserError(f"{path} is cut short; copy or pack it again")
+    manifest = parse_manifest(text, path)
     (folder / MANIFEST).write_bytes(text)
-    return read_manifest(folder)
-
-
-def _inside(name: str, path: Path) -> PurePosixPath:
-    relative = PurePosixPath(name)
-    if relative.is_absolute() or ".." in relative.parts or not relative.parts or name == MANIFEST:
-        raise UserError(f"{path}: {name!r} lies outside the artifact; do not trust this file")
-    return relative
+    return manifest
 
 
 def _unpack_file(stream: BinaryIO, stored: StoredFile, target: Path, path: Path, advance: Advance) -> None:

@@ -32,6 +32,7 @@ from ..errors import UserError, first_line
 from ..families import Outline, architectures_of, is_described
 from ..models import ModelFiles, load_config
 from ..progress import say
+from ..storage import TRACED_PREFIX
 from ..weightless import model_without_weights
 from .decoder import Linears, Weights, joint_name
 from .graph import GraphWriter
@@ -110,7 +111,7 @@ def write_traced(
 
     `advance` is called after each decoder block. Raises UserError when it cannot be traced.
     """
-    with TemporaryDirectory(dir=writer.folder.parent, prefix=".traced-") as place:
+    with TemporaryDirectory(dir=writer.folder.parent, prefix=TRACED_PREFIX) as place:
         traced = _Traced(_trace(weights, outline, config, Path(place)))
         _Rewriting(writer, weights, outline, linears, traced, advance).write()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from ..families import Outline
 from ..models import ModelFiles, load_config, load_tokenizer, resolve_model, save_tokenizer
 from ..outline import outline_of
 from ..progress import progress
-from ..storage import partial_folder, refuse_existing, replace_folder
+from ..storage import new_folder, refuse_existing
 from .masks import apply_mask, identity_of, open_masks
 
 # Text and settings that belong to a checkpoint; what is not listed here (weights) is not copied.
@@ -65,7 +64,7 @@ def apply_masks(masks: Path, model: str, output: Path, force: bool = False) -> A
         return apply_mask(weights, keep)
 
     names = set(opened.names())
-    with _new_folder(output) as folder:
+    with new_folder(output) as folder:
         _write_shards("Applying masks", checkpoint, decoder, folder, masked)
         _copy_companions(files, folder)
     sizes, pruned, zeroed = (sum(column) for column in zip(*counts, strict=True))
@@ -80,23 +79,10 @@ def save_checkpoint(model: str, output: Path, force: bool = False) -> Path:
     refuse_existing(output, force)
     files = resolve_model(model)
     decoder = outline_of(load_config(files))
-    with _new_folder(output) as folder:
+    with new_folder(output) as folder:
         _write_shards("Saving", open_checkpoint(files), decoder, folder, lambda name, weights: weights)
         _copy_companions(files, folder)
     return output
-
-
-@contextmanager
-def _new_folder(output: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `output` when the body succeeds and is removed when it fails."""
-    folder = partial_folder(output)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-        replace_folder(folder, output)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write_shards(

@@ -78,6 +78,14 @@ def test_the_result_is_a_whole_checkpoint(tiny_checkpoint, masks, tmp_path):
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_an_unfinished_run_of_that_name_is_left_alone(tiny_checkpoint, masks, tmp_path):
+    work = tmp_path / "applied.partial" / "work"
+    work.mkdir(parents=True)
+    apply_masks(masks, str(tiny_checkpoint("llama")), tmp_path / "applied")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["applied", "applied.partial"]
+    assert work.is_dir()
+
+
 def test_applying_twice_changes_nothing_more(tiny_checkpoint, masks, tmp_path):
     apply_masks(masks, str(tiny_checkpoint("llama")), tmp_path / "once")
     again = apply_masks(masks, str(tmp_path / "once"), tmp_path / "twice")

@@ -203,16 +203,28 @@ def test_a_file_that_is_cut_short_is_refused(packed: Path, tmp_path: Path, kept:
     assert not (tmp_path / "damaged").exists()
 
 
-@pytest.mark.parametrize("name", ["../outside", "/tmp/outside", "a/../../outside", "manifest.json"])
+@pytest.mark.parametrize(
+    "name", ["../outside", "/tmp/outside", "a/../../outside", "..\\outside", "", "manifest.json"]
+)
 def test_paths_that_leave_the_artifact_are_refused(artifact: Path, tmp_path: Path, name: str) -> None:
     manifest = read_manifest(artifact)
     stored = manifest.files[0].model_copy(update={"path": name})
     text = manifest.model_copy(update={"files": (stored,)}).model_dump_json().encode()
     bad = tmp_path / "bad.dlp"
     bad.write_bytes(MAGIC + len(text).to_bytes(8, "little") + text)
-    with pytest.raises(UserError, match="outside the artifact"):
+    with pytest.raises(UserError, match=r"bad\.dlp: files\.0\.path: .* outside the artifact"):
         unpack(bad)
     assert [path.name for path in tmp_path.iterdir()] == ["bad.dlp"]
+
+
+def test_unpacking_leaves_an_unfinished_run_of_that_name_alone(packed: Path, tmp_path: Path) -> None:
+    work = tmp_path / "tiny.partial" / "work"
+    work.mkdir(parents=True)
+    unpack(packed, tmp_path / "tiny")
+    with pytest.raises(UserError):
+        unpack(Path(__file__), tmp_path / "other")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny", "tiny.partial"]
+    assert work.is_dir()
 
 
 def test_what_is_no_artifact_or_no_packed_file_is_refused(tmp_path: Path) -> None:
