@@ -303,7 +303,7 @@ def test_the_model_is_listed(client: OpenAI) -> None:
         ({"presence_penalty": 0.5}, "presence_penalty", "not supported"),
         ({"prompt": []}, "prompt", "at least 1 item"),
         ({"prompt": ""}, "prompt", "the prompt is empty"),
-        ({"prompt": [1, 100_000]}, "prompt", "token 100000 is not in the vocabulary of 512"),
+        ({"prompt": [1, 100_000]}, "prompt", "token 100000 is not in the model's vocabulary of 512"),
         ({"prompt": {"text": "x"}}, "prompt", "valid"),
         ({"prompt": None}, "prompt", "valid"),
     ],

@@ -27,7 +27,7 @@ def serve(
     or fewer where the model has fewer), `port` 0 takes a free one.
 
     Raises UserError when the artifact, engine, cores, context or address cannot be used, and
-    WorkerError when the engine fails, which ends the server.
+    WorkerError when the engine died, which ends the server once those who wait have been told.
     """
     # Imported here: the libraries of the server are an extra, and take seconds.
     try:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -13,34 +14,36 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from ..bench.worker import WorkerError
+from .body_limit import BodyLimit
 from .codec import Codec
 from .decoding import Generator, Job
 from .failures import ApiError, add_error_handlers, error_of
-from .protocol import ChatRequest, Choice, CompletionRequest, Reply
+from .protocol import MAX_PROMPTS, ChatRequest, Choice, CompletionRequest, Reply
 
 # OpenAI's default for completions; a chat reply may fill the context.
 COMPLETION_TOKENS = 16
+# Of a body: what a token takes when every prompt fills the context, and what all the rest may.
+TOKEN_BYTES = 8
+OTHER_BYTES = 2**20
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Served:
-    """One model behind the server. `context` is the most tokens that prompt and reply have together.
-
-    `failed` is called when the engine is lost, with which nothing can be served any more.
-    """
+    """One model behind the server. `context` is the most tokens that prompt and reply have together."""
 
     name: str
     created: int
     context: int
     codec: Codec
     generator: Generator
-    failed: Callable[[WorkerError], None]
 
 
 def create_app(served: Served) -> FastAPI:
     app = FastAPI(title="dlp-deploy", docs_url=None, redoc_url=None)
-    add_error_handlers(app, served.failed)
+    add_error_handlers(app)
+    app.add_middleware(BodyLimit, limit=OTHER_BYTES + TOKEN_BYTES * MAX_PROMPTS * served.context)
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
@@ -59,7 +62,7 @@ def create_app(served: Served) -> FastAPI:
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
         _check_model(served, body.model)
-        prompts = [await asyncio.to_thread(_encode, served.codec, prompt) for prompt in body.prompts]
+        prompts = [await asyncio.to_thread(served.codec.encode, prompt) for prompt in body.prompts]
         limit = body.max_tokens or COMPLETION_TOKENS
         jobs = [_job(served, body, prompt, limit, continues=True) for prompt in prompts]
         return await _answer(served, request, body, jobs, Reply(served.name, chat=False))
@@ -91,16 +94,6 @@ def _check_model(served: Served, name: str) -> None:
         raise ApiError(404, message, param="model", code="model_not_found")
 
 
-def _encode(codec: Codec, prompt: str | list[int]) -> list[int]:
-    ids = codec.encode(prompt) if isinstance(prompt, str) else prompt
-    if not ids:
-        raise ApiError(400, "the prompt is empty", param="prompt")
-    if max(ids) >= codec.vocabulary:
-        message = f"token {max(ids)} is not in the vocabulary of {codec.vocabulary}"
-        raise ApiError(400, message, param="prompt")
-    return ids
-
-
 def _job(
     served: Served, body: CompletionRequest | ChatRequest, prompt: list[int], limit: int, continues: bool
 ) -> Job:
@@ -122,15 +115,14 @@ async def _answer(
         return await _while_connected(request, _whole(served, jobs, reply))
     events = _events(served, jobs, reply, body.streams_usage)
     # Up to the first event, a full queue or a dead engine can still be an HTTP status.
-    return await _while_connected(request, _started(served, events))
+    return await _while_connected(request, _started(events))
 
 
 async def _whole(served: Served, jobs: list[Job], reply: Reply) -> Response:
     choices = [Choice() for _ in jobs]
-    for job, choice in zip(jobs, choices, strict=True):
-        async with aclosing(served.generator.pieces(job)) as pieces:
-            async for piece in pieces:
-                choice.add(piece)
+    async with aclosing(served.generator.pieces(jobs)) as pieces:
+        async for index, piece in pieces:
+            choices[index].add(piece)
     return JSONResponse(reply.whole(choices, _prompt_tokens(jobs)))
 
 
@@ -138,14 +130,13 @@ async def _events(
     served: Served, jobs: list[Job], reply: Reply, with_usage: bool
 ) -> AsyncGenerator[dict[str, Any], None]:
     choices = [Choice() for _ in jobs]
-    for index, (job, choice) in enumerate(zip(jobs, choices, strict=True)):
-        async with aclosing(served.generator.pieces(job)) as pieces:
-            async for piece in pieces:
-                if not choice.tokens and (opening := reply.opening(index)):
-                    yield opening
-                choice.add(piece)
-                if piece.text or piece.finish:
-                    yield reply.chunk(index, piece.text, piece.finish)
+    async with aclosing(served.generator.pieces(jobs)) as pieces:
+        async for index, piece in pieces:
+            if not choices[index].tokens and (opening := reply.opening(index)):
+                yield opening
+            choices[index].add(piece)
+            if piece.text or piece.finish:
+                yield reply.chunk(index, piece.text, piece.finish)
     if with_usage:
         yield reply.closing(choices, _prompt_tokens(jobs))
 
@@ -154,19 +145,17 @@ def _prompt_tokens(jobs: list[Job]) -> int:
     return sum(len(job.prompt) for job in jobs)
 
 
-async def _started(served: Served, events: AsyncGenerator[dict[str, Any], None]) -> Response:
-    return _EventStream(served, await anext(events), events)
+async def _started(events: AsyncGenerator[dict[str, Any], None]) -> Response:
+    return _EventStream(await anext(events), events)
 
 
 class _EventStream(StreamingResponse):
     """Server-sent events, ended by "[DONE]". When the client leaves, the generation ends with it."""
 
-    def __init__(
-        self, served: Served, first: dict[str, Any], rest: AsyncGenerator[dict[str, Any], None]
-    ) -> None:
+    def __init__(self, first: dict[str, Any], rest: AsyncGenerator[dict[str, Any], None]) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(self._lines(first), media_type="text/event-stream", headers=headers)
-        self._served, self._rest = served, rest
+        self._rest = rest
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._rest):
@@ -177,14 +166,17 @@ class _EventStream(StreamingResponse):
         try:
             async for event in self._rest:
                 yield _line(event)
-        except WorkerError as error:
-            yield _line(error_of(error).body())
-            self._served.failed(error)
+        except Exception as error:
+            told = error_of(error)
+            if told.code is None:
+                logger.error("a stream failed", exc_info=error)
+            yield _line(told.body())
         yield "data: [DONE]\n\n"
 
 
 def _line(event: dict[str, Any]) -> str:
-    return f"data: {json.dumps(event, ensure_ascii=False)}\n\n"
+    # In ASCII: clients that split lines as Python does would split at some other characters as well.
+    return f"data: {json.dumps(event)}\n\n"
 
 
 async def _while_connected(request: Request, work: Coroutine[Any, Any, Response]) -> Response:

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-
+from ..errors import first_line
 from ..models import ModelFiles, load_tokenizer
 from .failures import ApiError
 from .protocol import Message
@@ -17,41 +16,57 @@ from .protocol import Message
 class Codec:
     """Token ids of prompts and conversations, and text of token ids; safe to use from several threads.
 
-    `ends` are the tokens that end a text.
+    `ends` are the tokens that end a text. The model has embeddings for `embedded` tokens: a tokenizer may
+    have more, and often has fewer. Those below `vocabulary` are in both.
     """
 
-    def __init__(self, tokenizer: Any, ends: frozenset[int]) -> None:
+    def __init__(self, tokenizer: Any, ends: frozenset[int], embedded: int) -> None:
         self._tokenizer = tokenizer
         self.ends = ends
         # The tokenizer's own encode sets truncation on shared state with each call.
         self._rust = tokenizer.backend_tokenizer
         self._rust.no_truncation()
         self._rust.no_padding()
-        self.vocabulary = len(tokenizer)
+        self._embedded = embedded
+        # Numbers may be left out, so that counting is not enough.
+        self.vocabulary = min(embedded, 1 + max(tokenizer.get_vocab().values()))
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a prompt, with the special tokens that the model expects around one."""
-        return list(self._rust.encode(text, add_special_tokens=True).ids)
+    def encode(self, prompt: str | list[int]) -> list[int]:
+        """Ids of a prompt, with the special tokens that the model expects around a text.
+
+        Raises ApiError (400) when there are none, or the model does not know one of them.
+        """
+        ids = list(self._rust.encode(prompt).ids) if isinstance(prompt, str) else prompt
+        return self._known(ids, "prompt")
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of a conversation up to where the assistant speaks. Raises ApiError (400)."""
+        """Ids of a conversation up to where the assistant speaks. Raises ApiError (400) as `encode`, and when
+        the model has no chat template, or one that refuses the conversation."""
         if not self._tokenizer.chat_template:
             raise ApiError(400, "this model has no chat template; use /v1/completions", param="messages")
         plain = [message.plain() for message in messages]
         try:
             text = self._tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:
-            raise ApiError(400, f"the model's chat template: {error}", param="messages") from None
-        return list(self._rust.encode(text, add_special_tokens=False).ids)
+        except Exception as error:  # the template's own refusals, and what its code stumbles over
+            raise ApiError(400, f"the model's chat template: {first_line(error)}", param="messages") from None
+        return self._known(list(self._rust.encode(text, add_special_tokens=False).ids), "messages")
+
+    def _known(self, ids: list[int], param: str) -> list[int]:
+        if not ids:
+            raise ApiError(400, "the prompt is empty", param)
+        if max(ids) >= self._embedded:
+            message = f"token {max(ids)} is not in the model's vocabulary of {self._embedded}"
+            raise ApiError(400, message, param)
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._rust.decode(list(ids), skip_special_tokens=True))
 
 
-def open_codec(files: ModelFiles) -> Codec:
-    """The codec of a model's folder. Raises UserError when it has no tokenizer."""
+def open_codec(files: ModelFiles, embedded: int) -> Codec:
+    """The codec of a model's folder, see Codec. Raises UserError when it has no tokenizer."""
     tokenizer = load_tokenizer(files)
-    return Codec(tokenizer, _end_tokens(files.folder, tokenizer))
+    return Codec(tokenizer, _end_tokens(files.folder, tokenizer), embedded)
 
 
 def _end_tokens(folder: Path, tokenizer: Any) -> frozenset[int]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from ..bench.worker import EngineWorker
+from ..bench.worker import EngineWorker, WorkerError
 from .sampling import Sampling, choose_token
 from .text import Detokenizer, StopStrings
 
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class Busy(Exception):
-    """As many sequences wait for the engine as are let in."""
+    """As many requests wait for the engine as are let in."""
 
 
 class Turns:
@@ -50,8 +50,15 @@ class Turns:
             self._present -= 1
 
 
+class EngineFault(Exception):
+    """The engine refused a request, or gave logits that are no numbers; it still takes others."""
+
+
 class CachedEngine:
-    """A loaded worker and the tokens that its KV cache holds. Its calls block."""
+    """A loaded worker and the tokens that its KV cache holds. Its calls block.
+
+    They raise EngineFault when the engine goes on living, and WorkerError when it does not.
+    """
 
     def __init__(self, worker: EngineWorker) -> None:
         self._worker = worker
@@ -65,15 +72,30 @@ class CachedEngine:
         held = len(self._held)
         if held < len(prompt) and list(prompt[:held]) == self._held:
             return held
+        self.restart()
+        return 0
+
+    def restart(self) -> None:
+        """Empty the cache."""
         self._worker.restart()
         self._held = []
-        return 0
 
     def extend(self, ids: Sequence[int]) -> np.ndarray:
         """Append to the cache; the logits of the last token, float32 [vocabulary]."""
-        logits = self._worker.extend(np.array(ids, dtype=np.int64))
+        try:
+            logits = self._worker.extend(np.array(ids, dtype=np.int64))
+        except WorkerError as error:
+            self._restart_behind(error)
+            raise EngineFault(str(error)) from error
         self._held.extend(ids)
         return logits
+
+    def _restart_behind(self, error: WorkerError) -> None:
+        """Empty the cache, which may hold half a call; raise `error` when nobody is there to do so."""
+        try:
+            self.restart()
+        except WorkerError:
+            raise error from None
 
 
 @dataclass(frozen=True)
@@ -107,9 +129,10 @@ class Piece:
 class Generator:
     """Runs jobs on an engine, one after the other.
 
-    `decode` turns token ids into text; `ends` are the tokens that end a text. Prompts are read
-    `prompt_step` tokens at a time, and at most `waiting` jobs wait for the one that runs. `generated`
-    counts the tokens of all jobs so far.
+    `decode` turns token ids into text; `ends` are the tokens that end a text; those below `vocabulary`
+    are generated. Prompts are read `prompt_step` tokens at a time, and at most `waiting` requests wait for
+    the one that runs. `lost` is told of the engine's death, from another thread. `generated` counts the
+    tokens of all jobs so far.
     """
 
     def __init__(
@@ -117,26 +140,43 @@ class Generator:
         engine: CachedEngine,
         decode: Callable[[Sequence[int]], str],
         ends: frozenset[int],
+        vocabulary: int,
         prompt_step: int,
         waiting: int,
+        lost: Callable[[WorkerError], None],
     ) -> None:
-        self._engine, self._decode, self._ends, self._prompt_step = engine, decode, ends, prompt_step
+        self._engine, self._decode, self._ends, self._vocabulary = engine, decode, ends, vocabulary
+        self._prompt_step, self._lost = prompt_step, lost
         self.turns = Turns(waiting)
         self.generated = 0
         # One thread: a call that its client gave up on ends before the next one begins.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
 
     def close(self) -> None:
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        """Take no more work. A call that hangs is not waited for: it ends with its worker."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
-    async def pieces(self, job: Job) -> AsyncGenerator[Piece, None]:
-        """The text of `job`, token by token. Closing the iterator ends the work within one token.
+    def find_out(self) -> None:
+        """Ask an engine that seems dead, so that `lost` is told how it died."""
+        with suppress(RuntimeError):  # closed
+            self._thread.submit(self._guarded, self._engine.restart)
 
-        Raises Busy before anything else, and WorkerError when the engine fails.
+    async def pieces(self, jobs: Sequence[Job]) -> AsyncGenerator[tuple[int, Piece], None]:
+        """The texts of `jobs` in one turn, token by token, each piece with the index of its job.
+
+        Closing the iterator ends the work within one token. Raises Busy before anything else, EngineFault
+        when the engine cannot answer this, and WorkerError when it died.
         """
+        async with self.turns.turn():
+            for index, job in enumerate(jobs):
+                async with aclosing(self._pieces(job)) as pieces:
+                    async for piece in pieces:
+                        yield index, piece
+
+    async def _pieces(self, job: Job) -> AsyncGenerator[Piece, None]:
         before = job.prompt[-TEXT_CONTEXT:] if job.continues else ()
         text, stops = Detokenizer(self._decode, before), StopStrings(job.stops)
-        async with self.turns.turn(), aclosing(self._tokens(job)) as tokens:
+        async with aclosing(self._tokens(job)) as tokens:
             count = reused = 0
             async for token, reused in tokens:
                 count += 1
@@ -166,7 +206,21 @@ class Generator:
             yield token, reused
 
     def _next(self, ids: Sequence[int], sampling: Sampling, random: np.random.Generator) -> int:
-        return choose_token(self._engine.extend(ids), sampling, random)
+        logits = self._engine.extend(ids)[: self._vocabulary]
+        try:
+            return choose_token(logits, sampling, random)
+        except ValueError as error:
+            self._engine.restart()
+            raise EngineFault(str(error)) from None
 
     async def _call(self, function: Callable[..., T], *arguments: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, self._guarded, function, *arguments)
+
+    def _guarded(self, function: Callable[..., T], *arguments: Any) -> T:
+        # Here, and not where the answer is awaited: the client who asked may have left.
+        try:
+            return function(*arguments)
+        except WorkerError as error:
+            self._lost(error)
+            raise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from ..bench.worker import WorkerError
-from .decoding import Busy
+from .decoding import Busy, EngineFault
 from .protocol import ChatRequest, CompletionRequest, Message, TextPart
 
 TYPES = {404: "not_found_error", 429: "rate_limit_error"}
@@ -34,13 +34,15 @@ class ApiError(Exception):
 
 
 def error_of(error: Exception) -> ApiError:
-    """What a client is told about `error`."""
+    """What a client is told about `error`; 500 without a code when it was not foreseen."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, Busy):
         return ApiError(429, "too many requests wait for the engine; try again", code="rate_limit_exceeded")
     if isinstance(error, WorkerError):
-        return ApiError(500, f"the engine failed: {error}", code="engine_failed")
+        return ApiError(500, f"the engine failed: {error}; the server ends", code="engine_failed")
+    if isinstance(error, EngineFault):
+        return ApiError(500, f"the engine cannot answer this: {error}", code="engine_fault")
     if isinstance(error, HTTPException):
         return ApiError(error.status_code, str(error.detail))
     if isinstance(error, RequestValidationError):
@@ -48,17 +50,16 @@ def error_of(error: Exception) -> ApiError:
     return ApiError(500, "internal error; the server's log has the details")
 
 
-def add_error_handlers(app: FastAPI, failed: Callable[[WorkerError], None]) -> None:
-    """Answer every error of `app` in this form; `failed` is told when it was the engine's."""
+def add_error_handlers(app: FastAPI) -> None:
+    """Answer every error of `app` in this form."""
 
     async def answer(request: Request, error: Exception) -> JSONResponse:
-        if isinstance(error, WorkerError):
-            failed(error)
         told = error_of(error)
         headers = {"Retry-After": str(RETRY_AFTER_S)} if told.status == 429 else None
         return JSONResponse(told.body(), told.status, headers)
 
-    for kind in (ApiError, Busy, WorkerError, HTTPException, RequestValidationError, Exception):
+    foreseen = (ApiError, Busy, EngineFault, WorkerError, HTTPException, RequestValidationError)
+    for kind in (*foreseen, Exception):
         app.add_exception_handler(kind, answer)
 
 

@@ -19,7 +19,7 @@ class Sampling:
 def choose_token(logits: NDArray[np.float32], sampling: Sampling, random: np.random.Generator) -> int:
     """Draw a token from logits float32 [vocabulary]. Raises ValueError when one of them is not finite."""
     if not np.isfinite(logits).all():
-        raise ValueError("the engine's logits are not finite")
+        raise ValueError("the logits are not finite")
     if sampling.temperature == 0:
         return int(logits.argmax())
     tokens, shares = nucleus(probabilities(logits, sampling.temperature), sampling.top_p)

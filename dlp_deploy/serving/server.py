@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import signal
 import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import uvicorn
 from fastapi import FastAPI
@@ -21,7 +22,7 @@ from .app import Served, create_app
 from .codec import Codec
 from .decoding import CachedEngine, Generator
 
-# Sequences that may wait for the engine; one more is told to try again (status 429).
+# Requests that may wait for the engine; one more is told to try again (status 429).
 WAITING = 32
 # What a stopped server gives the replies that are being written.
 GRACE_S = 10
@@ -51,21 +52,23 @@ def bound_socket(host: str, port: int) -> Iterator[socket.socket]:
 def run(
     worker: EngineWorker, listener: socket.socket, name: str, codec: Codec, context: int, prompt_step: int
 ) -> None:
-    """Answer requests until a signal. Raises WorkerError once the engine is lost.
+    """Answer requests until a signal. Raises WorkerError once the engine is dead.
 
     `context` is what the worker's cache holds, `prompt_step` the tokens it reads at once.
     """
-    failures: list[WorkerError] = []
+    deaths: list[WorkerError] = []
 
-    def failed(error: WorkerError) -> None:
-        failures.append(error)
+    def lost(error: WorkerError) -> None:
+        deaths.append(error)
         server.should_exit = True
 
-    generator = Generator(CachedEngine(worker), codec.decode, codec.ends, prompt_step, WAITING)
-    app = create_app(Served(name, int(time.time()), context, codec, generator, failed))
+    engine = CachedEngine(worker)
+    generator = Generator(engine, codec.decode, codec.ends, codec.vocabulary, prompt_step, WAITING, lost)
+    app = create_app(Served(name, int(time.time()), context, codec, generator))
     _keep_to_this_machine(app, listener)
     config = uvicorn.Config(app, log_config=None, lifespan="off", timeout_graceful_shutdown=GRACE_S)
     server = uvicorn.Server(config)
+    threading.Thread(target=_watch, args=(worker.pid, generator), daemon=True).start()
     listener.listen()
     say(f"Serving {name} at {_url(listener)}/v1 (Ctrl-C ends it)")
     try:
@@ -74,8 +77,15 @@ def run(
         say("Stopped")
     finally:
         generator.close()
-    if failures:
-        raise failures[0]
+    if deaths:
+        raise deaths[0]
+
+
+def _watch(process: int, generator: Generator) -> None:
+    """Wait for the end of a worker, which may come while nothing is asked of it."""
+    with suppress(ChildProcessError):  # whoever waited for it first knows already
+        os.waitid(os.P_PID, process, os.WEXITED | os.WNOWAIT)
+        generator.find_out()
 
 
 def _keep_to_this_machine(app: FastAPI, listener: socket.socket) -> None:

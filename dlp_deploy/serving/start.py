@@ -34,8 +34,9 @@ def start(
     described = engine_named(engine)
     graph = folder / graph_of(folder, engine, precision).path / described.model_file
     files = ModelFiles(folder.resolve().name, str(folder), graph.parent)
-    chosen, positions = choose_cores(cores), _positions(files, context)
-    codec = open_codec(files)
+    outline = outline_of(load_config(files))
+    chosen, positions = choose_cores(cores), _positions(outline.max_positions, context)
+    codec = open_codec(files, outline.vocabulary)
     with (
         termination_as_interrupt(),
         bound_socket(host, port) as listener,
@@ -47,8 +48,7 @@ def start(
         run(worker, listener, files.name, codec, positions, step)
 
 
-def _positions(files: ModelFiles, asked: int | None) -> int:
-    most = outline_of(load_config(files)).max_positions
+def _positions(most: int, asked: int | None) -> int:
     if asked is not None and not 2 <= asked <= most:
         raise UserError(f"--context {asked}: this model takes 2 to {most} tokens")
     return asked or min(DEFAULT_CONTEXT, most)
