@@ -254,11 +254,19 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8000,
 ) -> None:
-    """Serve an artifact over HTTP as OpenAI's API does: completions and chat, streaming."""
+    """Serve an artifact over HTTP as OpenAI's API does: completions and chat, streaming.
+
+    Ctrl-C or SIGTERM ends it (status 0).
+    When the engine dies, all who wait get an error, and the server ends (status 1, one line that says how).
+    """
     options = locals().copy()
+    from .bench.worker import WorkerError
     from .serving import serve
 
-    serve(**options)
+    try:
+        serve(**options)
+    except WorkerError as error:
+        _fail(str(error), 1)
 
 
 @app.command()
