@@ -40,11 +40,13 @@ class WorkerError(RuntimeError):
 
 @dataclass(frozen=True)
 class Generation:
-    """Greedy decoding of one prompt: time to the first token, time of each later one, and the tokens."""
+    """Greedy decoding of one prompt: time to the first token, time of each later one, the tokens, and
+    whether all logits were finite."""
 
     ttft_ms: float
     samples_ms: tuple[float, ...]
     tokens: tuple[int, ...]
+    finite: bool
 
 
 @dataclass(frozen=True)
@@ -104,13 +106,13 @@ class EngineWorker:
             raise
         return worker
 
-    def load(self, model: Path, context: int, prompt: int) -> float:
+    def load(self, model: Path, context: int, prompt: int, fill: int = 0) -> float:
         """Load a graph (or a checkpoint folder) and return the seconds it took.
 
-        The KV cache has room for `context` tokens, and prompts are of `prompt` tokens. With prompt 0 only
-        `window_nll` can be asked.
+        The KV cache has room for `context` tokens, and prompts are of `prompt` tokens behind `fill` others.
+        With prompt 0 only `window_nll` can be asked.
         """
-        body, _ = self._ask("load", model=str(model.resolve()), context=context, prompt=prompt)
+        body, _ = self._ask("load", model=str(model.resolve()), context=context, prompt=prompt, fill=fill)
         return float(body["load_s"])
 
     def restart(self) -> None:
@@ -140,7 +142,12 @@ class EngineWorker:
         before fill the KV cache untimed.
         """
         body, _ = self._ask("generate", {"ids": ids}, new_tokens=new_tokens)
-        return Generation(body["ttft_ms"], tuple(body["samples_ms"]), tuple(body["tokens"]))
+        return Generation(body["ttft_ms"], tuple(body["samples_ms"]), tuple(body["tokens"]), body["finite"])
+
+    def follow(self, ids: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """The logits that `generate` would see if it chose `tokens`, int64 [n] -> float32 [n + 1,
+        vocabulary]: after the prompt, and after each of them."""
+        return self._ask("follow", {"ids": ids, "tokens": tokens})[1]["logits"]
 
     def memory(self) -> Usage:
         return Usage(**self._ask("memory")[0])

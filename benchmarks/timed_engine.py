@@ -44,8 +44,8 @@ class Session(_inner.Session):  # type: ignore[misc, name-defined]
         self._times: list[float] = []
         super().__init__(threads)
 
-    def load(self, model: str, context: int, prompt: int) -> None:
-        super().load(model, context, prompt)
+    def load(self, model: str, context: int, prompt: int, fill: int) -> None:
+        super().load(model, context, prompt, fill)
         for compiled in getattr(self._cache, "engines", []):
             compiled._engine = _Timed(compiled._engine, self._times)
         if hasattr(self._cache, "_session"):

@@ -18,7 +18,7 @@ class Session:
         self.threads = threads
         self.versions = {"onnxruntime": onnxruntime.__version__}
 
-    def load(self, model: str, context: int, prompt: int) -> None:
+    def load(self, model: str, context: int, prompt: int, fill: int) -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self.threads
         if not _packs_in_blocks(model):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -157,6 +158,60 @@ def test_what_deepsparse_aborts_on_is_an_error(tmp_path: Path) -> None:
         worker.load(tmp_path / "model.onnx", CONTEXT, PROMPT)
 
 
+COUNTED = """
+import json, os
+from pathlib import Path
+from engine_workers import deepsparse
+
+class Session(deepsparse.Session):
+    def restart(self):
+        super().restart()
+        self.calls = []
+        for engine in self._cache.engines:
+            engine.run = self.counted(engine)
+
+    def counted(self, engine):
+        def run(*arguments):
+            self.calls.append(engine.tokens)
+            Path(os.environ["CALLS_FILE"]).write_text(json.dumps(self.calls))
+            return type(engine).run(engine, *arguments)
+        return run
+"""
+
+
+@pytest.mark.parametrize(
+    ("fill", "prompt", "calls"),
+    [
+        (0, 64, [64]),
+        # A prompt step of 64 would begin within a block of the cache, where the engine computes wrongly.
+        (32, 64, [32, 32, 32]),
+        (16, 64, [16] * 5),
+        (64, 40, [32, 32, 32, *[1] * 8]),
+        (16, 17, [16, 16, 1]),
+        (0, 7, [1] * 7),
+    ],
+)
+def test_deepsparse_reads_a_prompt_in_its_largest_fitting_step(
+    fill: int,
+    prompt: int,
+    calls: list[int],
+    exported: Callable[[str, str], Path],
+    expected: np.ndarray,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    install("deepsparse")
+    (tmp_path / "counted.py").write_text(COUNTED)
+    monkeypatch.setenv("CALLS_FILE", str(tmp_path / "calls.json"))
+    engine = replace(engine_named("deepsparse"), worker=str(tmp_path / "counted.py"))
+    with EngineWorker.spawn(engine, [min(os.sched_getaffinity(0))]) as worker:
+        worker.load(exported("deepsparse", "fp32"), CONTEXT, prompt, fill)
+        end = fill + prompt
+        logits = worker.follow(IDS[:end], IDS[end : end + 2])
+    assert json.loads((tmp_path / "calls.json").read_text()) == [*calls, 1, 1]
+    assert error(logits, expected[end - 1 : end + 2]) < 1e-5
+
+
 def test_an_unknown_engine_is_named_with_those_there_are() -> None:
     with pytest.raises(UserError, match=r"did you mean deepsparse\? .*onnxruntime, .*torch"):
         engine_named("deep-sparse")
@@ -166,4 +221,3 @@ def test_every_engine_names_its_licence_and_has_its_lock() -> None:
     for engine in engines().values():
         assert engine.licence
         assert engine.lock is None or engine.lock.is_file()
-        assert replace(engine) == engine

@@ -36,7 +36,7 @@ class Session:
         torch.set_num_threads(threads)
         self.versions = {"torch": torch.__version__}
 
-    def load(self, model, context, prompt):
+    def load(self, model, context, prompt, fill):
         from transformers import AutoModelForCausalLM
 
         self.model = AutoModelForCausalLM.from_pretrained(model).eval()

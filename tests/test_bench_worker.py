@@ -41,7 +41,7 @@ class Session:
             "omp": os.environ["OMP_NUM_THREADS"],
         }
 
-    def load(self, model, context, prompt):
+    def load(self, model, context, prompt, fill):
         print("loading", model)
         if model.endswith("abort"):
             print("compiling", flush=True)

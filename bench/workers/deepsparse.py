@@ -36,17 +36,18 @@ PROMPT_STEPS = (64, 32, 16)
 class Session:
     def __init__(self, threads: int) -> None:
         self.threads = threads
+        self._cores = sorted(os.sched_getaffinity(0))
         self.versions = {"deepsparse": __version__, "numpy": np.__version__, "onnx": onnx.__version__}
 
-    def load(self, model: str, context: int, prompt: int) -> None:
+    def load(self, model: str, context: int, prompt: int, fill: int) -> None:
         self._model = Path(model)
         self._window: _Compiled | None = None
         engines = []
         if prompt:
-            step = next((step for step in PROMPT_STEPS if step <= prompt), 1)
+            step = _prompt_step(prompt, fill)
             length = _cache_length(context, prompt, step)
             for tokens in sorted({step, 1}, reverse=True):
-                engines.append(_Compiled(self._model, tokens, length, self.threads, cached=True))
+                engines.append(self._compiled(tokens, length, cached=True))
         self._cache = _Cached(engines)
 
     def restart(self) -> None:
@@ -60,8 +61,23 @@ class Session:
         # of length zero would make the shape dynamic.
         if self._window is None or self._window.tokens != len(ids):
             self._window = None
-            self._window = _Compiled(self._model, len(ids), len(ids) + 1, self.threads, cached=False)
+            self._window = self._compiled(len(ids), len(ids) + 1, cached=False)
         yield self._window.run(ids, 0)
+
+    def _compiled(self, tokens: int, length: int, cached: bool) -> _Compiled:
+        # The engine binds the threads that it starts, by the affinity of this one, which works beside them.
+        os.sched_setaffinity(0, self._cores)
+        try:
+            return _Compiled(self._model, tokens, length, self.threads, cached)
+        finally:
+            os.sched_setaffinity(0, self._cores[:1])
+
+
+def _prompt_step(prompt: int, fill: int) -> int:
+    """Tokens per call that read a prompt behind `fill` others in the fewest calls; what is left over goes
+    token by token, and so does all of a prompt that begins at no multiple of any step."""
+    steps = [step for step in PROMPT_STEPS if step <= prompt and fill % step == 0]
+    return min(steps, key=lambda step: prompt // step + prompt % step, default=1)
 
 
 def _cache_length(context: int, prompt: int, step: int) -> int:

@@ -7,7 +7,12 @@ sampler around the engine. The layout of the two parameter structs is that of th
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Iterator
+
+# A core for each thread, as the other engines have it.
+os.environ["OMP_PROC_BIND"] = "true"
+os.environ["OMP_PLACES"] = ",".join(f"{{{core}}}" for core in sorted(os.sched_getaffinity(0)))
 
 import numpy as np
 import xllamacpp
@@ -78,7 +83,7 @@ class Session:
             "numpy": np.__version__,
         }
 
-    def load(self, model: str, context: int, prompt: int) -> None:
+    def load(self, model: str, context: int, prompt: int, fill: int) -> None:
         library = self._library
         settings = library.llama_model_default_params()
         # What it rearranges for its kernels would else be in memory beside the mapped file.

@@ -3,6 +3,7 @@ as both past and present, so that no token copies it."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -16,16 +17,22 @@ PROMPT_STEP = 512
 class Session:
     def __init__(self, threads: int) -> None:
         self.threads = threads
+        self._cores = sorted(os.sched_getaffinity(0))
         self.versions = {"onnxruntime": ort.__version__, "numpy": np.__version__}
 
-    def load(self, model: str, context: int, prompt: int) -> None:
+    def load(self, model: str, context: int, prompt: int, fill: int) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         # Threads spin between operators of a run but not between runs, when others are measured.
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        # A core for each thread. This thread is the first of them; the engine counts processors from one.
+        if others := self._cores[1 : self.threads]:
+            affinities = ";".join(str(core + 1) for core in others)
+            options.add_session_config_entry("session.intra_op_thread_affinities", affinities)
         self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        os.sched_setaffinity(0, self._cores[:1])
         self._cache = self._new_cache(context if prompt else 0)
         self._window_cache = self._new_cache(0)
 

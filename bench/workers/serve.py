@@ -30,8 +30,9 @@ class Session(Protocol):
 
     versions: dict[str, str]
 
-    def load(self, model: str, context: int, prompt: int) -> None:
-        """Load `model` with a KV cache for `context` tokens, ready to read prompts of `prompt` tokens.
+    def load(self, model: str, context: int, prompt: int, fill: int) -> None:
+        """Load `model` with a KV cache for `context` tokens, ready to read prompts of `prompt` tokens behind
+        `fill` others.
 
         With prompt 0 only `windows` will be called.
         """
@@ -61,26 +62,42 @@ def generate(session: Session, ids: np.ndarray, prompt: int, new_tokens: int) ->
     """Greedy decoding, timed around engine and arg max.
 
     The last `prompt` of `ids` are the timed prompt; what stands before them fills the cache untimed.
-    `ttft_ms` is the time to the first new token, `samples_ms` that of each later one.
+    `ttft_ms` is the time to the first new token, `samples_ms` that of each later one; `finite` says whether
+    all logits were numbers, which is looked at between the timed parts.
     """
-    session.restart()
-    if len(ids) > prompt:
-        session.extend(ids[:-prompt])
+    pending = fill(session, ids, prompt)
     tokens: list[int] = []
+    finite = True
     samples: list[float] = []
-    pending = ids[len(ids) - prompt :]
     gc.collect()
     gc.disable()
     try:
         for _ in range(new_tokens):
             start = time.perf_counter_ns()
-            token = int(session.extend(pending).argmax())
+            logits = session.extend(pending)
+            token = int(logits.argmax())
             samples.append((time.perf_counter_ns() - start) / 1e6)
+            finite = finite and bool(np.isfinite(logits).all())
             tokens.append(token)
             pending = np.array([token], dtype=np.int64)
     finally:
         gc.enable()
-    return {"ttft_ms": samples[0], "samples_ms": samples[1:], "tokens": tokens}
+    return {"ttft_ms": samples[0], "samples_ms": samples[1:], "tokens": tokens, "finite": finite}
+
+
+def follow(session: Session, ids: np.ndarray, prompt: int, tokens: np.ndarray) -> np.ndarray:
+    """The logits that `generate` would see if it chose `tokens` int64 [n]; float32 [n + 1, vocabulary]."""
+    rows = [session.extend(fill(session, ids, prompt))]
+    rows.extend(session.extend(tokens[i : i + 1]) for i in range(len(tokens)))
+    return np.stack(rows)
+
+
+def fill(session: Session, ids: np.ndarray, prompt: int) -> np.ndarray:
+    """Put all but the last `prompt` of ids int64 [n] into an empty cache; the rest of them."""
+    session.restart()
+    if len(ids) > prompt:
+        session.extend(ids[:-prompt])
+    return ids[len(ids) - prompt :]
 
 
 def window_nll(session: Session, windows: np.ndarray) -> np.ndarray:
@@ -124,10 +141,10 @@ class _Worker:
         self.session = session
         self.prompt = 0
 
-    def load(self, arrays: Arrays, model: str, context: int, prompt: int) -> Reply:
+    def load(self, arrays: Arrays, model: str, context: int, prompt: int, fill: int) -> Reply:
         self.prompt = prompt
         start = time.perf_counter()
-        self.session.load(model, context, prompt)
+        self.session.load(model, context, prompt, fill)
         return {"load_s": time.perf_counter() - start}, {}
 
     def restart(self, arrays: Arrays) -> Reply:
@@ -142,6 +159,9 @@ class _Worker:
 
     def generate(self, arrays: Arrays, new_tokens: int) -> Reply:
         return generate(self.session, arrays["ids"], self.prompt, new_tokens), {}
+
+    def follow(self, arrays: Arrays) -> Reply:
+        return {}, {"logits": follow(self.session, arrays["ids"], self.prompt, arrays["tokens"])}
 
     def window_nll(self, arrays: Arrays) -> Reply:
         return {}, {"nll": window_nll(self.session, arrays["windows"])}

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+
+# A core for each thread, as the other engines have it.
+os.environ["OMP_PROC_BIND"] = "true"
+os.environ["OMP_PLACES"] = ",".join(f"{{{core}}}" for core in sorted(os.sched_getaffinity(0)))
 
 import numpy as np
 import torch
@@ -17,7 +22,7 @@ class Session:
         torch.set_num_threads(threads)
         self.versions = {"torch": torch.__version__, "transformers": transformers.__version__}
 
-    def load(self, model: str, context: int, prompt: int) -> None:
+    def load(self, model: str, context: int, prompt: int, fill: int) -> None:
         self._context = context
         config = AutoConfig.from_pretrained(model, local_files_only=True)
         # The faster attention, where the class has it; it leaves out a cap of its scores without a word.
