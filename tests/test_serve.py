@@ -1,11 +1,9 @@
-"""The server, asked by the real client: right text, right errors, and nothing left running."""
+"""The server, asked by the real client: right text, right errors, and clients that leave."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import socket
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,29 +11,29 @@ from typing import Any
 
 import httpx
 import openai
-import psutil
 import pytest
 import torch
 from openai import OpenAI
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dlp_deploy.artifact import CHECKPOINT, read_manifest
 from dlp_deploy.bench.environments import install
-from dlp_deploy.errors import UserError
-from dlp_deploy.serving import serve
 
-from .artifacts import pruned, sealed, with_graphs
-from .servers import ServerProcess, serving
-from .tiny_models import SIZES, save_tiny_model
-
-TEMPLATE = (
-    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
-    "{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+from .artifacts import sealed
+from .servers import (
+    EMBEDDED,
+    NAME,
+    POSITIONS,
+    ServerProcess,
+    chat,
+    complete,
+    served_artifact,
+    serving,
+    wait_until,
 )
-POSITIONS = 4096
+from .tiny_models import VOCABULARY
+
 PROMPTS = ["def main():", "The quick brown fox", "import", "Grüße, 世界 😀", "a = [1, 2, 3]", "x" * 300]
-NAME = "tiny-dlp-s70"
 # More than any test waits for.
 ENDLESS = POSITIONS - 400
 Greedy = Callable[[str, int], list[int]]
@@ -43,27 +41,25 @@ Greedy = Callable[[str, int], list[int]]
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Path:
-    """A pruned and exported llama that chats, and whose greedy text never ends."""
-    folder = tmp_path_factory.mktemp("served")
-    tiny_tokenizer.save_pretrained(folder / "tokenizer")
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", chat_template=TEMPLATE)
-    config = LlamaConfig(**SIZES | {"max_position_embeddings": POSITIONS})
-    model = save_tiny_model(folder / "model", config, tokenizer)
-    weights = load_file(model / "model.safetensors")
-    weights["lm_head.weight"][config.eos_token_id] = 0
-    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
-    return with_graphs(pruned(model, folder / NAME), "fp32,int8", "onnxruntime,deepsparse")
+    return served_artifact(tmp_path_factory.mktemp("served"), tiny_tokenizer)
 
 
 @pytest.fixture(scope="module")
 def server(artifact: Path) -> Iterator[ServerProcess]:
-    with serving(artifact=artifact, context=POSITIONS) as process:
+    with serving(artifact, context=POSITIONS) as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def deepsparse_server(artifact: Path) -> Iterator[ServerProcess]:
+    install("deepsparse")
+    with serving(artifact, engine="deepsparse", precision="fp32", context=2048) as process:
         yield process
 
 
 @pytest.fixture(scope="module")
 def client(server: ServerProcess) -> OpenAI:
-    return OpenAI(base_url=server.url, api_key="none", max_retries=0, timeout=60)
+    return server.client
 
 
 @pytest.fixture(scope="module")
@@ -73,12 +69,13 @@ def tokenizer(artifact: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def greedy(artifact: Path, tokenizer: Any) -> Greedy:
-    """Greedy tokens of the pruned model in torch."""
+    """Greedy tokens of the pruned model in torch, of those that have a text."""
     model = AutoModelForCausalLM.from_pretrained(artifact / CHECKPOINT, dtype=torch.float32).eval()
 
     def run(prompt: str, count: int) -> list[int]:
         ids = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-        output = model.generate(**ids, max_new_tokens=count, do_sample=False)
+        without_text = list(range(VOCABULARY, EMBEDDED))
+        output = model.generate(**ids, max_new_tokens=count, do_sample=False, suppress_tokens=without_text)
         return output[0, ids["input_ids"].shape[1] :].tolist()
 
     return run
@@ -86,27 +83,6 @@ def greedy(artifact: Path, tokenizer: Any) -> Greedy:
 
 def text_of(tokenizer: Any, tokens: list[int]) -> str:
     return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
-def complete(client: OpenAI, prompt: Any = "import", **options: Any) -> Any:
-    return client.completions.create(**{"model": NAME, "prompt": prompt, "temperature": 0} | options)
-
-
-def chat(client: OpenAI, *messages: tuple[str, Any], **options: Any) -> Any:
-    listed = [{"role": role, "content": content} for role, content in messages]
-    defaults = {"model": NAME, "messages": listed, "temperature": 0, "max_tokens": 20}
-    return client.chat.completions.create(**defaults | options)
-
-
-def health(server: ServerProcess) -> dict[str, Any]:
-    return httpx.get(server.url.removesuffix("/v1") + "/health").json()
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 # --- text ---
@@ -207,42 +183,86 @@ def test_requests_at_once_are_answered_as_if_alone(client: OpenAI) -> None:
     assert [reply.choices[0].text for reply in together] == alone * 2
 
 
-def test_deepsparse_says_what_torch_says(artifact: Path, tokenizer: Any, greedy: Greedy) -> None:
-    install("deepsparse")
-    with serving(artifact=artifact, engine="deepsparse", context=160) as server:
-        client = OpenAI(base_url=server.url, api_key="none", max_retries=0)
-        for prompt in (PROMPTS[3], "a prompt that is longer than one step of the engine " * 3):
-            tokens = greedy(prompt, 24)
-            reply = complete(client, prompt, max_tokens=12)
-            assert reply.choices[0].text == text_of(tokenizer, tokens[:12])
-            longer = tokenizer(prompt)["input_ids"] + tokens[:12]
-            reply = complete(client, longer, max_tokens=12)
-            # A character that the prompt leaves incomplete belongs to the reply.
-            before = text_of(tokenizer, longer).rstrip("\ufffd")
-            assert before + reply.choices[0].text == text_of(tokenizer, longer + tokens[12:])
-            assert reply.usage.prompt_tokens_details.cached_tokens == len(longer) - 1
+def test_deepsparse_says_what_torch_says(
+    deepsparse_server: ServerProcess, tokenizer: Any, greedy: Greedy
+) -> None:
+    client = deepsparse_server.client
+    for prompt in (PROMPTS[3], "a prompt that is longer than one step of the engine " * 3):
+        tokens = greedy(prompt, 24)
+        reply = complete(client, prompt, max_tokens=12)
+        assert reply.choices[0].text == text_of(tokenizer, tokens[:12])
+        longer = tokenizer(prompt)["input_ids"] + tokens[:12]
+        reply = complete(client, longer, max_tokens=12)
+        # A character that the prompt leaves incomplete belongs to the reply.
+        before = text_of(tokenizer, longer).rstrip("\ufffd")
+        assert before + reply.choices[0].text == text_of(tokenizer, longer + tokens[12:])
+        assert reply.usage.prompt_tokens_details.cached_tokens == len(longer) - 1
+
+
+@pytest.fixture
+def ending(artifact: Path, tmp_path: Path, greedy: Greedy) -> tuple[Path, list[int]]:
+    """The artifact with an end token, the first new one of its greedy text, and without a chat template."""
+    folder = tmp_path / NAME
+    shutil.copytree(artifact, folder)
+    tokens = greedy(PROMPTS[0], 40)
+    place = next(i for i in range(3, 40) if tokens[i] not in tokens[:i])
+    graph = folder / "onnxruntime"
+    (graph / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, tokens[place]]}))
+    settings = json.loads((graph / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (graph / "tokenizer_config.json").write_text(json.dumps(settings))
+    (graph / "chat_template.jinja").unlink(missing_ok=True)
+    sealed(folder, read_manifest(folder).exports)
+    return folder, tokens[:place]
+
+
+def test_an_end_token_ends_a_text(ending: tuple[Path, list[int]], tokenizer: Any) -> None:
+    folder, tokens = ending
+    with serving(folder, cores=1) as server:
+        reply = complete(server.client, PROMPTS[0], max_tokens=40)
+        assert (reply.choices[0].text, reply.choices[0].finish_reason) == (text_of(tokenizer, tokens), "stop")
+        assert reply.usage.completion_tokens == len(tokens) + 1
+        chunks = list(complete(server.client, PROMPTS[0], max_tokens=40, stream=True))
+        assert chunks[-1].choices[0].finish_reason == "stop"
+        with pytest.raises(openai.BadRequestError, match="no chat template; use /v1/completions"):
+            chat(server.client, ("user", "Hello"))
 
 
 # --- clients that leave, and too many of them ---
 
 
 def test_a_client_that_leaves_a_stream_ends_the_generation(server: ServerProcess, client: OpenAI) -> None:
-    before = health(server)["generated_tokens"]
+    before = server.health["generated_tokens"]
     with complete(client, max_tokens=ENDLESS, stream=True) as stream:
         for _ in range(3):
             next(iter(stream))
     complete(client, max_tokens=1)  # has its turn when the first has ended
-    assert health(server)["generated_tokens"] - before < ENDLESS / 2
+    assert server.health["generated_tokens"] - before < ENDLESS / 2
 
 
 def test_a_client_that_leaves_before_its_answer_ends_the_generation(
     server: ServerProcess, client: OpenAI
 ) -> None:
-    before = health(server)["generated_tokens"]
+    before = server.health["generated_tokens"]
     with pytest.raises(openai.APITimeoutError):
         complete(client, max_tokens=ENDLESS, timeout=0.3)
     complete(client, max_tokens=1)
-    assert health(server)["generated_tokens"] - before < ENDLESS / 2
+    assert server.health["generated_tokens"] - before < ENDLESS / 2
+
+
+def test_deepsparse_goes_on_when_clients_leave(
+    deepsparse_server: ServerProcess, tokenizer: Any, greedy: Greedy
+) -> None:
+    client, most = deepsparse_server.client, 1900
+    before = deepsparse_server.health["generated_tokens"]
+    with complete(client, max_tokens=most, stream=True) as stream:
+        next(iter(stream))
+    with pytest.raises(openai.APITimeoutError):
+        complete(client, "another prompt", max_tokens=most, timeout=0.3)
+    # What the two left in the engine's cache is not mixed with the next text.
+    reply = complete(client, PROMPTS[0], max_tokens=12)
+    assert reply.choices[0].text == text_of(tokenizer, greedy(PROMPTS[0], 12))
+    assert deepsparse_server.health["generated_tokens"] - before < most
 
 
 def test_clients_that_wait_may_leave_and_one_too_many_is_told(server: ServerProcess, client: OpenAI) -> None:
@@ -251,7 +271,7 @@ def test_clients_that_wait_may_leave_and_one_too_many_is_told(server: ServerProc
     with ThreadPoolExecutor(32) as pool, httpx.Client(timeout=60) as http:
         body = {"model": NAME, "prompt": "x", "max_tokens": 1}
         waiting = [pool.submit(complete, client, max_tokens=1, timeout=3) for _ in range(32)]
-        wait_until(lambda: health(server)["waiting"] == 32)
+        wait_until(lambda: server.health["waiting"] == 32)
         for stream in (False, True):
             refused = http.post(f"{server.url}/completions", json=body | {"stream": stream})
             assert (refused.status_code, refused.json()["error"]["code"]) == (429, "rate_limit_exceeded")
@@ -261,7 +281,19 @@ def test_clients_that_wait_may_leave_and_one_too_many_is_told(server: ServerProc
         running.close()
         for future in waiting:
             assert future.result().usage.completion_tokens == 1
-    assert health(server)["waiting"] == 0
+    assert server.health["waiting"] == 0
+
+
+def test_all_prompts_of_a_request_have_one_turn(server: ServerProcess, client: OpenAI) -> None:
+    running = complete(client, PROMPTS[:3], max_tokens=1000, stream=True)
+    next(iter(running))
+    with ThreadPoolExecutor(32) as pool:
+        waiting = [pool.submit(complete, client, max_tokens=1) for _ in range(32)]
+        wait_until(lambda: server.health["waiting"] == 32)
+        finished = [chunk.choices[0].finish_reason for chunk in running if chunk.choices[0].finish_reason]
+        assert finished == ["length"] * 3
+        for future in waiting:
+            assert future.result().usage.completion_tokens == 1
 
 
 def test_a_client_that_leaves_the_queue_frees_its_place(server: ServerProcess, client: OpenAI) -> None:
@@ -270,7 +302,7 @@ def test_a_client_that_leaves_the_queue_frees_its_place(server: ServerProcess, c
     for stream in (False, True):
         with pytest.raises(openai.APITimeoutError):
             complete(client, max_tokens=1, timeout=0.3, stream=stream)
-    wait_until(lambda: health(server)["waiting"] == 0)
+    wait_until(lambda: server.health["waiting"] == 0)
     running.close()
     assert complete(client, max_tokens=1).usage.completion_tokens == 1
 
@@ -301,9 +333,11 @@ def test_the_model_is_listed(client: OpenAI) -> None:
         ({"logprobs": 0}, "logprobs", "not supported"),
         ({"echo": True}, "echo", "not supported"),
         ({"presence_penalty": 0.5}, "presence_penalty", "not supported"),
+        ({"extra_body": {"top_k": 5}}, "top_k", "not supported"),
+        ({"seed": 1.5}, "seed", "valid integer"),
         ({"prompt": []}, "prompt", "at least 1 item"),
         ({"prompt": ""}, "prompt", "the prompt is empty"),
-        ({"prompt": [1, 100_000]}, "prompt", "token 100000 is not in the model's vocabulary of 512"),
+        ({"prompt": [1, 100_000]}, "prompt", "token 100000 is not in the model's vocabulary of 520"),
         ({"prompt": {"text": "x"}}, "prompt", "valid"),
         ({"prompt": None}, "prompt", "valid"),
     ],
@@ -331,6 +365,7 @@ def test_what_asks_for_nothing_is_taken(client: OpenAI) -> None:
         ([("user", None)], "messages.0.content"),
         ([("user", [{"type": "image_url", "image_url": {"url": "x"}}])], "messages.0.content.0.type"),
         ([("tool", "x")], "chat template: no tools here"),
+        ([("user", "one")], "chat template: unsupported operand"),
     ],
 )
 def test_a_chat_that_cannot_be_answered_says_why(client: OpenAI, messages: list[Any], match: str) -> None:
@@ -345,6 +380,9 @@ def test_a_chat_that_cannot_be_answered_says_why(client: OpenAI, messages: list[
         (b"[1]", "application/json", "must be a JSON object"),
         (b"model=x", "application/x-www-form-urlencoded", "must be a JSON object, sent as application/json"),
         (b'{"model": "tiny-dlp-s70", "prompt": "\\ud800"}', "application/json", "prompt"),
+        (b'{"model": "tiny-dlp-s70", "prompt": "x", "temperature": NaN}', "application/json", "temperature"),
+        (b"[" * 200_000, "application/json", "parsing the body"),
+        (b"9" * 10_000, "application/json", "parsing the body"),
     ],
 )
 def test_bodies_that_are_no_request_are_refused(
@@ -367,91 +405,19 @@ def test_a_local_server_answers_to_local_names_only(server: ServerProcess) -> No
     assert httpx.get(f"{server.url}/models", headers={"host": f"localhost:{port}"}).status_code == 200
 
 
-# --- the server's own life ---
-
-
-@pytest.fixture
-def ending(artifact: Path, tmp_path: Path, greedy: Greedy) -> tuple[Path, list[int]]:
-    """The artifact with an end token, the first new one of its greedy text, and without a chat template."""
-    folder = tmp_path / NAME
-    shutil.copytree(artifact, folder)
-    tokens = greedy(PROMPTS[0], 40)
-    place = next(i for i in range(3, 40) if tokens[i] not in tokens[:i])
-    graph = folder / "onnxruntime"
-    (graph / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, tokens[place]]}))
-    settings = json.loads((graph / "tokenizer_config.json").read_text())
-    settings.pop("chat_template", None)
-    (graph / "tokenizer_config.json").write_text(json.dumps(settings))
-    (graph / "chat_template.jinja").unlink(missing_ok=True)
-    sealed(folder, read_manifest(folder).exports)
-    return folder, tokens[:place]
-
-
-def test_an_end_token_ends_a_text_and_a_dead_engine_ends_the_server(
-    ending: tuple[Path, list[int]], tokenizer: Any
+def test_a_body_that_no_context_holds_is_refused_while_it_comes(
+    server: ServerProcess, client: OpenAI
 ) -> None:
-    folder, tokens = ending
-    with serving(artifact=folder, cores=1) as server:
-        client = OpenAI(base_url=server.url, api_key="none", max_retries=0)
-        reply = complete(client, PROMPTS[0], max_tokens=40)
-        assert (reply.choices[0].text, reply.choices[0].finish_reason) == (text_of(tokenizer, tokens), "stop")
-        assert reply.usage.completion_tokens == len(tokens) + 1
-        with pytest.raises(openai.BadRequestError, match="no chat template; use /v1/completions"):
-            chat(client, ("user", "Hello"))
-        (worker,) = psutil.Process(server.process.pid).children()
-        worker.kill()
-        with pytest.raises(openai.InternalServerError, match=r"the engine failed: .*SIGKILL"):
-            complete(client)
-        assert server.process.wait(timeout=60) == 1
-    assert any("WorkerError" in line for line in server.lines)
+    with pytest.raises(openai.BadRequestError, match="the context has 4096 tokens"):
+        complete(client, "a b " * 700_000)
+    for stream in (False, True):
+        with pytest.raises(openai.APIStatusError, match="the body is too long") as raised:
+            complete(client, "a b " * 3_000_000, stream=stream)
+        assert (raised.value.status_code, raised.value.type) == (413, "invalid_request_error")
 
+    def endless() -> Iterator[bytes]:
+        for _ in range(100):
+            yield b" " * 2**16
 
-def test_a_stopped_server_leaves_no_worker_and_frees_its_port(artifact: Path) -> None:
-    with serving(artifact=artifact, precision="int8", context=64) as server:
-        client = OpenAI(base_url=server.url, api_key="none", max_retries=0)
-        with pytest.raises(openai.BadRequestError, match="the context has 64 tokens"):
-            complete(client, max_tokens=64)
-        stream = complete(client, max_tokens=60, stream=True)
-        children = psutil.Process(server.process.pid).children()
-        assert "".join(chunk.choices[0].text for chunk in stream)
-        assert server.stop() == 0
-        assert children
-        assert not any(child.is_running() for child in children)
-        with socket.create_server(("127.0.0.1", httpx.URL(server.url).port)):
-            pass
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"engine": "tensorrt"}, "there is no engine 'tensorrt'"),
-        ({"engine": "torch"}, "has no sparse graph for torch; it has: onnxruntime fp32, onnxruntime int8"),
-        ({"precision": "int4"}, "has no sparse graph for onnxruntime int4"),
-        ({"cores": 1000}, "--cores 1000"),
-        ({"cores": 0}, "--cores 0"),
-        ({"context": POSITIONS + 1}, "--context 4097: this model takes 2 to 4096 tokens"),
-        ({"context": 1}, "--context 1"),
-        ({"host": "no.such.host.invalid"}, "cannot serve at no.such.host.invalid:8000"),
-        ({"port": 70000}, "--port 70000: ports are 1 to 65535"),
-    ],
-)
-def test_arguments_that_cannot_be_served_are_refused(
-    artifact: Path, arguments: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(UserError, match=message):
-        serve(artifact, **arguments)
-
-
-def test_a_port_in_use_and_an_altered_artifact_are_refused(artifact: Path, tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        with pytest.raises(UserError, match=f"cannot serve at 127.0.0.1:{port} .*in use.* --port"):
-            serve(artifact, port=port)
-    with pytest.raises(UserError, match="is no artifact"):
-        serve(tmp_path)
-    copy = tmp_path / "copy"
-    shutil.copytree(artifact, copy)
-    data = copy / "onnxruntime" / "model.onnx.data"
-    data.write_bytes(data.read_bytes()[:-1] + b"!")
-    with pytest.raises(UserError, match="was altered after export"):
-        serve(copy)
+    assert httpx.post(f"{server.url}/completions", content=endless(), timeout=60).status_code == 413
+    assert complete(client, max_tokens=1).usage.completion_tokens == 1
