@@ -8,14 +8,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
 from .bench.cli import app as bench_app
 from .errors import UserError
 from .finetuning.command import finetune
+
+# As the shell says it: 128 and the number of SIGINT.
+INTERRUPTED = 130
+RESUMABLE = ("prune", "prune-export", "finetune")
 
 app = typer.Typer(
     name="dlp-deploy",
@@ -91,7 +96,8 @@ Targets = Annotated[
 Baseline = Annotated[
     str,
     typer.Option(
-        help="Dense graphs for comparison: fp32, int8, int4 (ONNX Runtime), llamacpp-int8, ..., or none."
+        help="Dense graphs for comparison, which is fair with the strongest only: fp32, int8, int4 (ONNX "
+        "Runtime), llamacpp-int8, ..., or none."
     ),
 ]
 Rounding = Annotated[
@@ -129,7 +135,7 @@ def prune_export_command(
     nsamples: Samples = 128,
     seqlen: Length = 2048,
     target: Targets = "deepsparse,onnxruntime",
-    baseline: Baseline = "fp32",
+    baseline: Baseline = "fp32,int8,int4",
     rounding: Rounding = "gptq",
     block_size: BlockSize = 32,
     keep_fp32: KeepFp32 = "none",
@@ -189,7 +195,7 @@ def export(
     artifact: Annotated[Path, typer.Argument(help="Folder that prune wrote.")],
     quant: Quant = "int8",
     target: Targets = "deepsparse,onnxruntime",
-    baseline: Baseline = "fp32",
+    baseline: Baseline = "fp32,int8,int4",
     rounding: Rounding = "gptq",
     block_size: BlockSize = 32,
     keep_fp32: KeepFp32 = "none",
@@ -364,20 +370,44 @@ def engine_install(name: Annotated[str, typer.Argument(help="The engine, e.g. de
 
 
 def main() -> None:
-    """Run the command line; exit status 2 and one line on stderr when the input is wrong."""
+    """Run the command line; exit status 2 and one line on stderr when the input is wrong, 1 and one line when
+    an engine fails or says something else than torch."""
     try:
-        sys.exit(app(standalone_mode=False) or 0)
+        status = app(standalone_mode=False) or 0
     except (UserError, OSError) as error:
         _fail(str(error), 2 if isinstance(error, UserError) else 1)
     except (typer.Abort, KeyboardInterrupt):
-        _fail("interrupted; what is finished is kept, and --resume goes on from there", 130)
+        status = INTERRUPTED
     except Exception as error:
+        if _is_told_in_one_line(error):
+            _fail(" ".join(str(error).split()), 1)
         message = getattr(error, "format_message", None)
         if message is None:
             raise
         _fail(f"{message()}; see --help", 2)
+    if status == INTERRUPTED:
+        _fail(f"interrupted{_how_to_go_on(sys.argv[1:])}", INTERRUPTED)
+    sys.exit(status)
 
 
-def _fail(message: str, status: int) -> None:
+def _is_told_in_one_line(error: Exception) -> bool:
+    # Imported here: only an error that ends the program is worth it.
+    from .bench.worker import WorkerError
+    from .export.verify import VerificationError
+
+    return isinstance(error, (WorkerError, VerificationError))
+
+
+def _how_to_go_on(arguments: Sequence[str]) -> str:
+    """What to do after Ctrl-C, for the commands that keep what they had finished."""
+    command, _, rest = " ".join(arguments).partition(" ")
+    if command in RESUMABLE:
+        return "; what is finished is kept, and --resume goes on from there"
+    if command == "export" or (command == "bench" and rest.startswith("sweep")):
+        return "; what is finished is kept: run the same command again, without --force, to go on"
+    return ""
+
+
+def _fail(message: str, status: int) -> NoReturn:
     print(f"dlp-deploy: {message}", file=sys.stderr)
     sys.exit(status)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from .artifact import CHECKPOINT, MANIFEST, graph_of
+from .artifact import CHECKPOINT, MANIFEST, check_files, graph_of, read_manifest
 from .bench.engines import engine_named
+from .bench.machine import choose_cores
 from .bench.worker import EngineWorker
 from .blocks import logits_of
 from .calibration import TokenWindows, evaluation_windows
@@ -56,28 +57,55 @@ def evaluate(
     `model` is an artifact folder, or with engine "torch" anything that prune takes. `engine` is torch
     (the checkpoint, fp32, block by block), onnxruntime, deepsparse or llamacpp (the artifact's graphs).
     `precision` chooses among an artifact's graphs, `dense` its baseline. `seqlen` defaults to the model's
-    positions, at most 2048. Raises UserError when the text is out of reach or shorter than one window.
+    positions, at most 2048; `cores` is the number of physical cores (all). Raises UserError when the text is
+    out of reach or shorter than one window, for what torch has no use for, for cores that are not there, and
+    when files of the artifact are missing or altered.
     """
+    if engine == "torch" and (dense or precision not in (None, "fp32")):
+        raise UserError(
+            "torch runs the checkpoint in fp32: --dense and --precision choose among graphs; name an engine "
+            "with --engine, or the dense model itself"
+        )
+    chosen_cores = choose_cores(cores)
     folder = Path(model)
-    files = _files(model, folder)
+    files = _files(model, folder, engine)
     positions = outline_of(load_config(files)).max_positions
     length = seqlen or min(2048, positions)
     if length > positions:
         raise UserError(f"--seqlen {length} is longer than the {positions} positions of {model}")
     text = evaluation_windows(data, load_tokenizer(files), windows, length)
     if engine == "torch":
-        result, chosen = perplexity_of(torch_nll(files, text)), "fp32"
+        with _threads(len(chosen_cores)):
+            result, chosen = perplexity_of(torch_nll(files, text)), "fp32"
     else:
         graph = graph_of(folder, engine, precision, dense)
         chosen, path = graph.precision, folder / graph.path / engine_named(engine).model_file
-        result = perplexity_of(_engine_nll(engine, path, text, _cores(cores)))
+        result = perplexity_of(_engine_nll(engine, path, text, chosen_cores))
     return _record(model, engine, chosen, data, text, result)
 
 
-def _files(model: str, folder: Path) -> ModelFiles:
-    if (folder / MANIFEST).is_file():
-        return ModelFiles(folder.name, model, folder / CHECKPOINT)
-    return resolve_model(model)
+def _files(model: str, folder: Path, engine: str) -> ModelFiles:
+    """The checkpoint of a model or an artifact. Of an artifact's, what `engine` makes use of is unaltered: an
+    engine with graphs of its own reads no weights there, but the tokenizer."""
+    if not (folder / MANIFEST).is_file():
+        return resolve_model(model)
+    manifest = read_manifest(folder)
+    read = [f"{CHECKPOINT}/"]
+    if engine != "torch":
+        listed = (stored.path for stored in manifest.files)
+        read = [path for path in listed if path.startswith(read[0]) and not path.endswith(".safetensors")]
+    check_files(folder, manifest, read)
+    return ModelFiles(folder.name, model, folder / CHECKPOINT)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def torch_nll(files: ModelFiles, text: TokenWindows) -> np.ndarray:
@@ -106,11 +134,6 @@ def _window_by_window(worker: EngineWorker, engine: str, text: TokenWindows) -> 
         for window in text.ids.numpy():
             yield worker.window_nll(window[None])
             advance()
-
-
-def _cores(count: int | None) -> list[int]:
-    allowed = sorted(os.sched_getaffinity(0))
-    return allowed[:count]
 
 
 def _record(

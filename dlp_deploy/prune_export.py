@@ -20,7 +20,7 @@ def prune_export(
     nsamples: int = 128,
     seqlen: int = 2048,
     target: str = "deepsparse,onnxruntime",
-    baseline: str = "fp32",
+    baseline: str = "fp32,int8,int4",
     rounding: str = "gptq",
     block_size: int = 32,
     keep_fp32: str = "none",
@@ -41,7 +41,7 @@ def prune_export(
     require_engines(graphs)
     # Imported here: a wrong precision must not cost the import of torch to be told.
     from .export.add import add_graphs
-    from .export.traced import require_exportable
+    from .export.exportable import require_exportable
     from .models import resolve_model
     from .pruning import prune
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -36,25 +36,30 @@ def unfinished_run(final: Path, settings: dict[str, Any], resume: bool, force: b
     run is in the way, was begun with other settings, or is still running.
     """
     partial = partial_folder(final)
-    with _locked(partial):
+    partial.mkdir(parents=True, exist_ok=True)
+    with alone_in(partial):
         _begin(partial, settings, resume, force)
         with _removed_if_nothing_finished(partial):
             yield partial
         _drop_work(partial)
         (partial / LOCK).unlink(missing_ok=True)
-        replace_folder(partial, final)
+        with alone_in(final) if final.is_dir() else nullcontext():
+            replace_folder(partial, final)
 
 
 @contextmanager
-def _locked(partial: Path) -> Iterator[None]:
-    partial.mkdir(parents=True, exist_ok=True)
+def alone_in(folder: Path) -> Iterator[None]:
+    """Hold the lock of `folder` while the body runs. Raises UserError when another process does."""
+    lock = FileLock(folder / LOCK, timeout=0)
     try:
-        with FileLock(partial / LOCK, timeout=0):
-            yield
+        lock.acquire()
     except Timeout:
-        raise UserError(
-            f"another run is writing to {partial}; wait for it, or give another --output"
-        ) from None
+        raise UserError(f"another run is writing to {folder}; wait for it, or name another folder") from None
+    try:
+        yield
+    finally:
+        (folder / LOCK).unlink(missing_ok=True)
+        lock.release()
 
 
 def _begin(partial: Path, settings: dict[str, Any], resume: bool, force: bool) -> None:
@@ -107,7 +112,7 @@ def _check_same(before: dict[str, Any], now: dict[str, Any], partial: Path) -> N
 def _remove_half_written(partial: Path) -> None:
     """A killed process could not remove the temporary file that it was writing."""
     for path in partial.rglob(f".*{PARTIAL_SUFFIX}"):
-        path.unlink()
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _clear(partial: Path) -> None:

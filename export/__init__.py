@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..artifact import read_manifest
+
 
 def export(
     artifact: str | Path,
     quant: str = "int8",
     target: str = "deepsparse,onnxruntime",
-    baseline: str = "fp32",
+    baseline: str = "fp32,int8,int4",
     rounding: str = "gptq",
     block_size: int = 32,
     keep_fp32: str = "none",
@@ -20,24 +22,32 @@ def export(
 
     `quant` lists precisions (fp32, int8, int4), the first being the artifact's own; `target` the
     engines, or is "none"; `baseline` the precisions of the dense model for ONNX Runtime (int8) or
-    llama.cpp (llamacpp-int8), or "none". `rounding` is
+    llama.cpp (llamacpp-int8), or "none": by default all of ONNX Runtime's, as only the strongest is a fair
+    comparison. `rounding` is
     "gptq" (chosen on text, so that errors make up for each other) or "nearest" (at once, and in less
     memory); `block_size` is how many inputs share a scale in ONNX Runtime. `keep_fp32` names the layers
     of the sparse graphs that are not quantized, as patterns, or is "auto": those that lose most for their
     size, until the weights have grown by 5 %. `activations` is how DeepSparse's int8 and int4 graphs
     scale what enters a linear layer: "dynamic" (each token by its own largest entry) or "static" (by one
-    scale per layer, measured on text); ONNX Runtime scales it as it runs. Each graph is checked (structure,
-    zeros, logits against torch) before it gets its final name.
+    scale per layer, measured on text); ONNX Runtime scales it as it runs.
 
-    Raises UserError for unknown names and for graphs that exist, unless `force`.
+    Each graph is checked (structure, zeros, logits against torch) before it gets its final name and takes
+    the place of an older one; until then nothing of the artifact is changed. A graph of another precision
+    that is in an engine's own folder stays there, unless it is asked for again. After an interruption the
+    same call goes on behind the last finished graph (with `force` it begins anew).
+
+    Raises UserError for unknown names, for what cannot be exported, when another run writes to the artifact,
+    and without `force` for graphs that are there, all of them or one that was made in another way.
     """
     # Imported here: naming a precision must not cost the import of torch.
-    from .add import add_graphs, remove_graphs
+    from ..unfinished import alone_in
+    from .add import add_graphs, prepared_graphs
     from .plan import plan_graphs, require_engines
 
     folder = Path(artifact)
     graphs = plan_graphs(quant, target, baseline, rounding, block_size, keep_fp32, activations)
     require_engines(graphs)
-    remove_graphs(folder, graphs, force)
-    add_graphs(folder, graphs)
+    read_manifest(folder)
+    with alone_in(folder):
+        add_graphs(folder, prepared_graphs(folder, graphs, force), anew=force)
     return folder

@@ -1,9 +1,11 @@
-"""Add verified graphs to an artifact, and bring its manifest up to date."""
+"""Add verified graphs to an artifact, one at a time, its manifest up to date after each."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from ..artifact import (
@@ -12,79 +14,178 @@ from ..artifact import (
     Export,
     Manifest,
     Precision,
+    StoredFile,
+    check_files,
     list_files,
     read_manifest,
     write_manifest,
 )
 from ..errors import UserError
+from ..families import Outline
 from ..models import ModelFiles, load_config, resolve_model
 from ..outline import outline_of
 from ..recipes.plan import group_size_of, recipe_from_pruning
 from ..recipes.recipe import Recipe, write_recipe
+from ..storage import drop_leftovers, replace_folder
 from ..unfinished import LOCK, WORK
+from .exportable import require_exportable
 from .plan import Graph
-from .publish import export_graphs
-from .traced import require_exportable
+from .publish import export_graphs, finished_export
 
 
-def add_graphs(artifact: Path, graphs: Sequence[Graph], dense: ModelFiles | None = None) -> None:
-    """Export `graphs` into `artifact` and list them in its manifest.
+def add_graphs(
+    artifact: Path, graphs: Sequence[Graph], dense: ModelFiles | None = None, anew: bool = False
+) -> None:
+    """Export `graphs` into `artifact`, and list each in its manifest as soon as it is verified.
 
     `dense` is the unpruned model; None fetches the one that the manifest names, if a graph needs it.
-    Graphs that are there already are kept.
+    Graphs that are there already, made as asked for, are kept and listed, unless `anew`; others take the
+    place of what is in their folder. Raises UserError when the checkpoint was altered.
     """
     manifest = read_manifest(artifact)
     pruned = _pruned_files(artifact, manifest)
-    if dense is None and any(graph.dense for graph in graphs):
+    for folder in {(artifact / graph.folder).parent for graph in graphs}:
+        drop_leftovers(folder)
+    missing = list(graphs) if anew else _without_finished(artifact, pruned, graphs)
+    if not missing:
+        return
+    check_files(artifact, manifest, (f"{CHECKPOINT}/",))
+    if dense is None and any(graph.dense for graph in missing):
         dense = resolve_model(manifest.source.location)
-    exports = export_graphs(artifact, pruned, dense, graphs)
-    added = {export.path for export in exports}
-    kept = [export for export in manifest.exports if export.path not in added]
-    if any(not export.dense for export in exports):
-        write_recipe(artifact / RECIPE, _recipe(manifest, pruned, exports))
-    known = [file for file in manifest.files if file.path != RECIPE]
-    files = tuple(
-        file for file in list_files(artifact, known) if not file.path.startswith((f"{WORK}/", LOCK))
-    )
-    write_manifest(artifact, manifest.model_copy(update={"exports": (*kept, *exports), "files": files}))
+    export_graphs(artifact, pruned, dense, missing, partial(_publish, artifact, pruned))
 
 
-def remove_graphs(artifact: Path, graphs: Sequence[Graph], force: bool) -> None:
-    """Make room for `graphs`. Raises UserError when one is there, be it in another folder, and `force` is not
-    given, or when the model is one that there is no way to export to them."""
+def prepared_graphs(artifact: Path, graphs: Sequence[Graph], force: bool) -> tuple[Graph, ...]:
+    """`graphs`, each in the folder where there is a place for it. Changes nothing.
+
+    Raises UserError for those that the model cannot be exported to, and unless `force` for one that is there
+    in another folder or made in another way, and when all are there: then there is nothing to go on with.
+    """
     manifest = read_manifest(artifact)
-    require_exportable(_pruned_files(artifact, manifest), graphs)
-    alike = [manifest.export_for(graph.engine, graph.precision, graph.dense) for graph in graphs]
-    folders = {graph.folder for graph in graphs} | {export.path for export in alike if export}
-    there = sorted(folder for folder in folders if (artifact / folder).exists())
-    if there and not force:
-        raise UserError(f"{artifact / there[0]} exists; add --force to replace it")
-    gone = tuple(f"{folder}/" for folder in there)
-    exports = tuple(export for export in manifest.exports if export.path not in there)
-    files = (
-        tuple(file for file in manifest.files if not file.path.startswith(gone)) if gone else manifest.files
+    pruned = _pruned_files(artifact, manifest)
+    require_exportable(pruned, graphs)
+    placed = _placed(manifest, graphs)
+    if not force:
+        _refuse_existing(artifact, manifest, outline_of(load_config(pruned)), placed)
+    return placed
+
+
+def _placed(manifest: Manifest, graphs: Sequence[Graph]) -> tuple[Graph, ...]:
+    """An engine's own folder stays with the precision that is in it, unless that is asked for too."""
+    asked = {(graph.engine, graph.precision) for graph in graphs if not graph.dense}
+    own = {export.path: export for export in manifest.exports if export.path == export.engine}
+
+    def placed(graph: Graph) -> Graph:
+        there = own.get(graph.folder)
+        if there is None or (there.engine, there.precision) in asked:
+            return graph
+        return replace(graph, folder=f"{graph.engine}-{graph.precision}")
+
+    return tuple(placed(graph) for graph in graphs)
+
+
+def _refuse_existing(artifact: Path, manifest: Manifest, decoder: Outline, graphs: Sequence[Graph]) -> None:
+    unlisted = []
+    for graph in graphs:
+        alike = manifest.export_for(graph.engine, graph.precision, graph.dense)
+        folder = artifact / (alike.path if alike else graph.folder)
+        finished = finished_export(artifact, graph, decoder)
+        if folder.exists() and (finished is None or folder != artifact / graph.folder):
+            raise UserError(f"{folder} exists; add --force to replace it")
+        if finished is None or finished != alike:
+            unlisted.append(graph)
+    if not unlisted:
+        raise UserError(f"{artifact / graphs[0].folder} exists; add --force to replace it")
+
+
+def _without_finished(artifact: Path, pruned: ModelFiles, graphs: Sequence[Graph]) -> list[Graph]:
+    """Those of `graphs` that are not there yet; the others are listed in the manifest, if need be."""
+    decoder = outline_of(load_config(pruned))
+    missing = []
+    for graph in graphs:
+        finished = finished_export(artifact, graph, decoder)
+        if finished is None:
+            missing.append(graph)
+        elif finished not in read_manifest(artifact).exports:
+            _drop(artifact, [graph.folder])
+            _list(artifact, pruned, finished)
+    return missing
+
+
+def _publish(artifact: Path, pruned: ModelFiles, folder: Path, export: Export) -> None:
+    """Give a finished graph its name, in place of what is there and of its like elsewhere.
+
+    The manifest never lists what is not there: what goes is dropped from it before, what comes is added
+    behind. A graph of another precision that has the folder moves to one of its own.
+    """
+    manifest = read_manifest(artifact)
+    alike = manifest.export_for(export.engine, export.precision, export.dense)
+    for there in manifest.exports:
+        if there.path == export.path and there != alike and (artifact / there.path).is_dir():
+            _move(artifact, there)
+    gone = {export.path, *([alike.path] if alike else [])}
+    _drop(artifact, gone)
+    replace_folder(folder, artifact / export.path)
+    for path in gone - {export.path}:
+        shutil.rmtree(artifact / path, ignore_errors=True)
+    _list(artifact, pruned, export)
+
+
+def _move(artifact: Path, export: Export) -> None:
+    """Move a graph from its engine's own folder to one that is named for its precision."""
+    folder = f"{export.engine}-{export.precision}"
+    files = [file for file in read_manifest(artifact).files if file.path.startswith(f"{export.path}/")]
+    moved = [file.model_copy(update={"path": folder + file.path.removeprefix(export.path)}) for file in files]
+    _drop(artifact, [export.path])
+    replace_folder(artifact / export.path, artifact / folder)
+    manifest = read_manifest(artifact)
+    exports = (*manifest.exports, export.model_copy(update={"path": folder}))
+    write_manifest(
+        artifact, manifest.model_copy(update={"exports": exports, "files": (*manifest.files, *moved)})
     )
+
+
+def _drop(artifact: Path, folders: Collection[str]) -> None:
+    """Take graphs out of the manifest, with their files."""
+    manifest = read_manifest(artifact)
+    exports = tuple(export for export in manifest.exports if export.path not in folders)
+    below = tuple(f"{folder}/" for folder in folders)
+    files = tuple(file for file in manifest.files if not file.path.startswith(below))
     write_manifest(artifact, manifest.model_copy(update={"exports": exports, "files": files}))
-    for folder in there:
-        shutil.rmtree(artifact / folder)
+
+
+def _list(artifact: Path, pruned: ModelFiles, export: Export) -> None:
+    """Add a graph to the manifest, with its files, and bring the recipe up to date."""
+    manifest = read_manifest(artifact)
+    manifest = manifest.model_copy(update={"exports": (*manifest.exports, export)})
+    if not export.dense:
+        write_recipe(artifact / RECIPE, _recipe(manifest, pruned))
+    files = _listed_files(artifact, [file for file in manifest.files if file.path != RECIPE])
+    write_manifest(artifact, manifest.model_copy(update={"files": files}))
+
+
+def _listed_files(artifact: Path, known: Sequence[StoredFile]) -> tuple[StoredFile, ...]:
+    return tuple(file for file in list_files(artifact, known) if not file.path.startswith((f"{WORK}/", LOCK)))
 
 
 def _pruned_files(artifact: Path, manifest: Manifest) -> ModelFiles:
     return ModelFiles(manifest.source.name, str(artifact), artifact / CHECKPOINT)
 
 
-def _recipe(manifest: Manifest, pruned: ModelFiles, exports: Sequence[Export]) -> Recipe:
+def _recipe(manifest: Manifest, pruned: ModelFiles) -> Recipe:
     """The pruning, and the quantization of the sparse graphs."""
     decoder = outline_of(load_config(pruned))
-    static = any(export.activations == "static" for export in exports)
+    sparse = [export for export in manifest.exports if not export.dense]
+    static = any(export.activations == "static" for export in sparse)
     return recipe_from_pruning(
         manifest.pruning,
         decoder.family,
-        _own_precision(exports),
+        _own_precision(sparse),
         group_size_of(decoder),
         "static" if static else "dynamic",
     )
 
 
-def _own_precision(exports: Sequence[Export]) -> Precision:
-    return next((export.precision for export in exports if not export.dense), "fp32")
+def _own_precision(sparse: Sequence[Export]) -> Precision:
+    """That of the first graph in its engine's own folder."""
+    return min(sparse, key=lambda export: export.path != export.engine).precision

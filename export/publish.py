@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 
 from ..artifact import CHECKPOINT, Activations, Export, OutputCheck
 from ..bench.engines import Engine, engine_named, has_room
@@ -22,7 +23,7 @@ from ..families import Outline, decoder_of
 from ..models import ModelFiles, load_config
 from ..outline import outline_of
 from ..progress import progress, say
-from ..storage import naming_full_disk, partial_folder, write_text
+from ..storage import naming_full_disk, partial_folder, replace_folder, sync_files, write_text
 from .calibrated import CalibratedWeights, quantization_text
 from .companions import write_companions
 from .decoder import Weights
@@ -116,34 +117,61 @@ class Source:
 
 
 def export_graphs(
-    artifact: Path, pruned: ModelFiles, dense: ModelFiles | None, graphs: Sequence[Graph]
+    artifact: Path,
+    pruned: ModelFiles,
+    dense: ModelFiles | None,
+    graphs: Sequence[Graph],
+    publish: Callable[[Path, Export], None] | None = None,
 ) -> tuple[Export, ...]:
-    """Write and verify `graphs` below `artifact`; those that are there already are kept.
+    """Write and verify `graphs` below `artifact`, each in place of what is in its folder.
 
-    `dense` is the unpruned model, needed for baselines only. Raises VerificationError, leaving the
-    failing graph without a final name.
+    `dense` is the unpruned model, needed for baselines only. `publish` gives a finished folder its final
+    name, as soon as it is verified. Raises VerificationError; whatever is raised, nothing is left of the
+    failing graph, and what was there before it still is.
     """
     sources = {False: Source(pruned)} | ({True: Source(dense)} if dense else {})
-    return tuple(_export_one(artifact, sources[graph.dense], graph) for graph in graphs)
+
+    def put(folder: Path, export: Export) -> None:
+        replace_folder(folder, artifact / export.path)
+
+    return tuple(_export_one(artifact, sources[graph.dense], graph, publish or put) for graph in graphs)
 
 
-def _export_one(artifact: Path, source: Source, graph: Graph) -> Export:
-    final = artifact / graph.folder
-    if (final / RECORD).is_file():
-        found = Export.model_validate_json((final / RECORD).read_text(encoding="utf-8"))
-        if _is_export_of(found, graph):
-            return found
-    folder = partial_folder(final)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    with naming_full_disk(folder):
+def _export_one(
+    artifact: Path, source: Source, graph: Graph, publish: Callable[[Path, Export], None]
+) -> Export:
+    folder = partial_folder(artifact / graph.folder)
+    with naming_full_disk(folder), _removed_on_failure(folder):
         export = _write_and_verify(folder, artifact / CHECKPOINT, source, graph)
-    write_text(folder / RECORD, export.model_dump_json(indent=2) + "\n")
-    if final.exists():
-        shutil.rmtree(final)
-    folder.replace(final)
+        write_text(folder / RECORD, export.model_dump_json(indent=2) + "\n")
+        sync_files(folder)
+    with naming_full_disk(artifact / graph.folder):
+        publish(folder, export)
     say(_summary(export))
     return export
+
+
+@contextmanager
+def _removed_on_failure(folder: Path) -> Iterator[None]:
+    """Begin with `folder` empty, and leave nothing of it when the body fails or is interrupted."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def finished_export(artifact: Path, graph: Graph, decoder: Outline) -> Export | None:
+    """What is in the folder of `graph`, if that is finished and made as `graph` asks for."""
+    record = artifact / graph.folder / RECORD
+    try:
+        found = Export.model_validate_json(record.read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValidationError):
+        return None
+    # Its folder may have been moved since.
+    return found.model_copy(update={"path": graph.folder}) if _is_export_of(found, graph, decoder) else None
 
 
 def _write_and_verify(folder: Path, checkpoint: Path, source: Source, graph: Graph) -> Export:
@@ -188,11 +216,22 @@ def _quantization(graph: Graph) -> tuple[str | None, int | None, Activations | N
     return rounding, graph.grid.block, graph.activations if graph.int8_inputs else None
 
 
-def _is_export_of(export: Export, graph: Graph) -> bool:
-    keeps = graph.grid is not None and graph.keep_fp32 != "none"
-    found = (export.precision, bool(export.kept_fp32))
+def _is_export_of(export: Export, graph: Graph, decoder: Outline) -> bool:
+    found = (export.engine, export.precision, export.dense)
     quantization = (export.rounding, export.block_size, export.activations)
-    return (found, quantization) == ((graph.precision, keeps), _quantization(graph))
+    return (
+        found == (graph.engine, graph.precision, graph.dense)
+        and quantization == _quantization(graph)
+        and _keeps_as_asked(export, graph, decoder)
+    )
+
+
+def _keeps_as_asked(export: Export, graph: Graph, decoder: Outline) -> bool:
+    if graph.grid is None or graph.keep_fp32 == "none":
+        return not export.kept_fp32
+    if graph.keep_fp32 == "auto":
+        return bool(export.kept_fp32)
+    return set(export.kept_fp32) == set(named_layers(graph.keep_fp32, decoder.linear_groups()))
 
 
 def _check_outputs(

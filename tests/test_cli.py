@@ -18,7 +18,16 @@ def test_prune_export_makes_a_verified_artifact(
 ) -> None:
     output = tmp_path / "artifact"
     status, out, _ = run(
-        "prune-export", "--model", tiny_checkpoint("llama"), "--quant", "fp32", "--output", output, *TINY
+        "prune-export",
+        "--model",
+        tiny_checkpoint("llama"),
+        "--quant",
+        "fp32",
+        "--baseline",
+        "fp32",
+        "--output",
+        output,
+        *TINY,
     )
     assert status == 0
     assert out.strip() == str(output)
@@ -77,10 +86,11 @@ def test_a_precision_is_there_once_and_the_first_asked_for_is_the_artifacts_own(
     status, _, err = run(*command, "int8")
     assert (status, err.count("\n")) == (2, 1)
     assert run(*command, "int8", "--force")[0] == 0
-    assert graphs() == {"onnxruntime": "int8"}
+    assert graphs() == {"onnxruntime": "fp32", "onnxruntime-int8": "int8"}
+    assert graph_of(output, "onnxruntime", None).precision == "fp32"
     assert run(*command, "int4,fp32", "--force")[0] == 0
     assert graph_of(output, "onnxruntime", None).precision == "int4"
-    assert graphs() == {"onnxruntime": "int4", "onnxruntime-fp32": "fp32"}
+    assert graphs() == {"onnxruntime": "int4", "onnxruntime-fp32": "fp32", "onnxruntime-int8": "int8"}
 
 
 @pytest.mark.parametrize(
