@@ -73,7 +73,9 @@ def prepared_graphs(artifact: Path, graphs: Sequence[Graph], force: bool) -> tup
 def _placed(manifest: Manifest, graphs: Sequence[Graph]) -> tuple[Graph, ...]:
     """An engine's own folder stays with the precision that is in it, unless that is asked for too."""
     asked = {(graph.engine, graph.precision) for graph in graphs if not graph.dense}
-    own = {export.path: export for export in manifest.exports if export.path == export.engine}
+    own: dict[str, Export] = {
+        export.path: export for export in manifest.exports if export.path == export.engine
+    }
 
     def placed(graph: Graph) -> Graph:
         there = own.get(graph.folder)

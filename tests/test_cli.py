@@ -6,9 +6,13 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import onnx
 import pytest
 
+import dlp_deploy
 from dlp_deploy.artifact import check_files, graph_of, read_manifest
+
+from .artifacts import pruned, sealed, with_graphs
 
 TINY = ("--calib", "builtin", "--nsamples", "4", "--seqlen", "64")
 
@@ -91,6 +95,43 @@ def test_a_precision_is_there_once_and_the_first_asked_for_is_the_artifacts_own(
     assert run(*command, "int4,fp32", "--force")[0] == 0
     assert graph_of(output, "onnxruntime", None).precision == "int4"
     assert graphs() == {"onnxruntime": "int4", "onnxruntime-fp32": "fp32", "onnxruntime-int8": "int8"}
+
+
+def test_an_engine_that_fails_is_one_line(
+    run: Callable[..., tuple[int, str, str]], tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    artifact = with_graphs(pruned(tiny_checkpoint("llama"), tmp_path / "artifact"), "fp32", "onnxruntime")
+    model = artifact / "onnxruntime" / "model.onnx"
+    graph = onnx.load(str(model), load_external_data=False)
+    graph.graph.node[0].op_type = "NoSuchOperator"
+    onnx.save(graph, str(model))
+    sealed(artifact, read_manifest(artifact).exports)
+    status, out, err = run("eval", artifact, "--engine", "onnxruntime", "--data", "builtin", "--windows", 1)
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert "NoSuchOperator" in err
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (("prune", "--model", "m"), "--resume goes on from there"),
+        (("export", "a", "--force"), "run the same command again, without --force, to go on"),
+        (("eval", "a"), "interrupted\n"),
+    ],
+)
+def test_ctrl_c_says_how_to_go_on(
+    command: tuple[str, ...],
+    said: str,
+    run: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(**options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dlp_deploy, {"eval": "evaluate"}.get(command[0], command[0]), interrupted)
+    status, out, err = run(*command)
+    assert (status, out) == (130, "")
+    assert said in err
 
 
 @pytest.mark.parametrize(
