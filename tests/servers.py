@@ -93,13 +93,15 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 @contextmanager
-def serving(artifact: Path, **options: object) -> Iterator[ServerProcess]:
-    """`dlp-deploy serve artifact` with these options, in a process of its own, on a free port."""
+def serving(artifact: Path, marker: str = "Serving ", **options: object) -> Iterator[ServerProcess]:
+    """`dlp-deploy serve artifact` with these options, in a process of its own, on a free port, once it has
+    written a line with `marker`."""
     program = Path(sys.executable).with_name("dlp-deploy")
     listed = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     command = [str(program), "serve", str(artifact), "--port", "0", *listed]
-    with started(command, marker="Serving ") as server:
-        server.url = next(word for line in server.lines for word in line.split() if word.startswith("http"))
+    with started(command, marker) as server:
+        words = [word for line in server.lines for word in line.split()]
+        server.url = next((word for word in words if word.startswith("http")), "")
         yield server
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -282,6 +283,17 @@ def test_clients_that_wait_may_leave_and_one_too_many_is_told(server: ServerProc
         for future in waiting:
             assert future.result().usage.completion_tokens == 1
     assert server.health["waiting"] == 0
+
+
+def test_a_client_that_does_not_read_does_not_keep_the_engine(server: ServerProcess, client: OpenAI) -> None:
+    body = json.dumps({"model": NAME, "prompt": ["x"] * 64, "max_tokens": ENDLESS, "stream": True})
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # soon full
+        connection.connect(("127.0.0.1", httpx.URL(server.url).port))
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+        assert connection.recv(1)
+        assert complete(client, max_tokens=1, timeout=200).usage.completion_tokens == 1
 
 
 def test_all_prompts_of_a_request_have_one_turn(server: ServerProcess, client: OpenAI) -> None:

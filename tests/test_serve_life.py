@@ -164,6 +164,13 @@ def test_a_stopped_server_leaves_no_worker_and_frees_its_port(artifact: Path, ho
             pass
 
 
+def test_a_server_can_be_stopped_while_it_loads(artifact: Path) -> None:
+    with serving(artifact, marker="Loading ") as server:
+        worker = server.worker
+        assert server.stop() == 0
+        assert not worker.is_running()
+
+
 def test_a_server_whose_engine_hangs_can_be_stopped(artifact: Path) -> None:
     with serving(artifact) as server:
         worker = server.worker

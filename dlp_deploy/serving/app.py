@@ -10,9 +10,10 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
+import anyio
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from .body_limit import BodyLimit
 from .codec import Codec
@@ -25,6 +26,8 @@ COMPLETION_TOKENS = 16
 # Of a body: what a token takes when every prompt fills the context, and what all the rest may.
 TOKEN_BYTES = 8
 OTHER_BYTES = 2**20
+# How long a client may leave a stream unread once all buffers on the way are full.
+STALLED_S = 15
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +153,10 @@ async def _started(events: AsyncGenerator[dict[str, Any], None]) -> Response:
 
 
 class _EventStream(StreamingResponse):
-    """Server-sent events, ended by "[DONE]". When the client leaves, the generation ends with it."""
+    """Server-sent events, ended by "[DONE]".
+
+    The generation ends with it when the client leaves, or does not read: others wait for the engine.
+    """
 
     def __init__(self, first: dict[str, Any], rest: AsyncGenerator[dict[str, Any], None]) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -160,6 +166,16 @@ class _EventStream(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._rest):
             await super().__call__(scope, receive, send)
+
+    async def stream_response(self, send: Send) -> None:
+        async def timely(message: Message) -> None:
+            with anyio.fail_after(STALLED_S):
+                await send(message)
+
+        try:
+            await super().stream_response(timely)
+        except TimeoutError:
+            logger.warning("a stream was cut: its client read nothing for %d s", STALLED_S)
 
     async def _lines(self, first: dict[str, Any]) -> AsyncIterator[str]:
         yield _line(first)

@@ -26,6 +26,8 @@ from .decoding import CachedEngine, Generator
 WAITING = 32
 # What a stopped server gives the replies that are being written.
 GRACE_S = 10
+# Small, so that a client who does not read is noticed soon: a reply is a few hundred bytes per token.
+SEND_BUFFER = 2**16
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1", "[::1]")
 
 
@@ -41,6 +43,7 @@ def bound_socket(host: str, port: int) -> Iterator[socket.socket]:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         listener.bind(address)
     except OSError as error:
         reason = first_line(error)
@@ -52,7 +55,7 @@ def bound_socket(host: str, port: int) -> Iterator[socket.socket]:
 def run(
     worker: EngineWorker, listener: socket.socket, name: str, codec: Codec, context: int, prompt_step: int
 ) -> None:
-    """Answer requests until a signal. Raises WorkerError once the engine is dead.
+    """Answer requests. Raises KeyboardInterrupt after a signal, and WorkerError once the engine is dead.
 
     `context` is what the worker's cache holds, `prompt_step` the tokens it reads at once.
     """
@@ -73,8 +76,6 @@ def run(
     say(f"Serving {name} at {_url(listener)}/v1 (Ctrl-C ends it)")
     try:
         server.run(sockets=[listener])
-    except KeyboardInterrupt:
-        say("Stopped")
     finally:
         generator.close()
     if deaths:

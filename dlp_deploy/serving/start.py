@@ -37,15 +37,18 @@ def start(
     outline = outline_of(load_config(files))
     chosen, positions = choose_cores(cores), _positions(outline.max_positions, context)
     codec = open_codec(files, outline.vocabulary)
-    with (
-        termination_as_interrupt(),
-        bound_socket(host, port) as listener,
-        EngineWorker.spawn(described, chosen) as worker,
-    ):
-        say(f"Loading {graph.parent} into {engine}: {len(chosen)} cores, context of {positions} tokens")
-        step = min(PROMPT_STEP, positions - 1)
-        worker.load(graph, positions, prompt=step)
-        run(worker, listener, files.name, codec, positions, step)
+    try:
+        with (
+            termination_as_interrupt(),
+            bound_socket(host, port) as listener,
+            EngineWorker.spawn(described, chosen) as worker,
+        ):
+            say(f"Loading {graph.parent} into {engine}: {len(chosen)} cores, context of {positions} tokens")
+            step = min(PROMPT_STEP, positions - 1)
+            worker.load(graph, positions, prompt=step)
+            run(worker, listener, files.name, codec, positions, step)
+    except KeyboardInterrupt:
+        say("Stopped")
 
 
 def _positions(most: int, asked: int | None) -> int:
