@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,18 +33,25 @@ def unfinished_run(final: Path, settings: dict[str, Any], resume: bool, force: b
 
     With `resume`, a folder in which blocks are finished is taken as it is, and so is a whole one that
     lacks only its name. `settings` are what the result depends on. Raises UserError when an unfinished
-    run is in the way, was begun with other settings, or is still running.
+    run is in the way, was begun with other settings, or is still running, and when another run, such as an
+    export, writes to the `final` that is to be replaced.
     """
     partial = partial_folder(final)
-    partial.mkdir(parents=True, exist_ok=True)
+    with _alone_if_there(final):
+        # Told now rather than hours later, when its place is to be taken.
+        partial.mkdir(parents=True, exist_ok=True)
     with alone_in(partial):
         _begin(partial, settings, resume, force)
         with _removed_if_nothing_finished(partial):
             yield partial
         _drop_work(partial)
         (partial / LOCK).unlink(missing_ok=True)
-        with alone_in(final) if final.is_dir() else nullcontext():
+        with _alone_if_there(final):
             replace_folder(partial, final)
+
+
+def _alone_if_there(folder: Path) -> AbstractContextManager[None]:
+    return alone_in(folder) if folder.is_dir() else nullcontext()
 
 
 @contextmanager
