@@ -266,13 +266,9 @@ def serve(
     When the engine dies, all who wait get an error, and the server ends (status 1, one line that says how).
     """
     options = locals().copy()
-    from .bench.worker import WorkerError
     from .serving import serve
 
-    try:
-        serve(**options)
-    except WorkerError as error:
-        _fail(str(error), 1)
+    serve(**options)
 
 
 @app.command()
