@@ -17,7 +17,7 @@ from ..families import Decoder
 from .activation import soft_cap
 from .decoder import Norm, Weights, add_biases, joint_name, joint_quantized, rms_norm, write_norm
 from .graph import GraphWriter
-from .quantize import Grid
+from .grid import Grid
 from .rotary import Tables, gather_rows, rotate
 
 # The newest operator set whose reductions take their axes as attributes, which is what the parser
@@ -234,14 +234,15 @@ class Int8Linears:
     ) -> str:
         """x, uint8 around 128, times `levels` [out, in] and `scale` [out]; the output is called `scaled`."""
         values = graph.weight(f"{name}.weight", levels.T)
-        zero_points = graph.constant(_ZERO_POINT), graph.constant(_NO_OFFSET)
+        # Not shared: on processors without VNNI, ONNX Runtime rewrites it together with the weights.
+        no_offset = graph.weight(f"{name}.zero_point", np.zeros((), dtype=np.int8))
+        zero_points = graph.constant(_ZERO_POINT), no_offset
         product = graph.node("MatMulInteger", x, values, *zero_points, name=f"{name}.integer")
         product = graph.node("Cast", product, name=f"{name}.float", to=TensorProto.FLOAT)
         return graph.node("Mul", product, graph.weight(f"{name}.scale", scale), name=scaled)
 
 
 _ZERO_POINT = np.array(128, dtype=np.uint8)
-_NO_OFFSET = np.array(0, dtype=np.int8)
 _TOP = 127.0
 # The least peak of a token: one of zeros (padding) must not divide by zero.
 _TINY = 1e-9

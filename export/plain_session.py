@@ -21,6 +21,8 @@ class Session:
     def load(self, model: str, context: int, prompt: int, fill: int) -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self.threads
+        # On processors without VNNI its int8 products add in 16 bits, which overflow, unless told not to.
+        options.add_session_config_entry("session.x64quantprecision", "1")
         if not _packs_in_blocks(model):
             # Its weights are then read where the file is mapped, so that memory need not hold the graph.
             options.add_session_config_entry("session.disable_prepacking", "1")
