@@ -3,9 +3,10 @@
     python benchmarks/deepsparse_agreement.py ARTIFACT [--precision int8] [--cores 2] [--context 512]
 
 Both run in the same environment on the same cores. deepsparse.benchmark decodes the same token at one depth,
-over and over; ours decodes tokens around that depth, for half of the time before it and for half after it,
-so that a machine that grows slower or faster does so for both. Goal: within 5 %. Compiles both anew in every
-repeat: a minute and a half for the demo's model.
+over and over; ours decodes the tokens around that depth. Machines that others use too change within seconds
+by more than is compared here, so the two take turns of some two seconds: while ours decodes, the process of
+deepsparse.benchmark is stopped (SIGSTOP), which spoils one of its samples per turn and leaves its median
+alone. Goal: within 5 %. Both are compiled anew in every repeat: a minute and a half for the demo's model.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -31,27 +34,36 @@ from dlp_deploy.export.reference import read_reference
 
 ENGINE = engine_named("deepsparse")
 PROMPT, NEW_TOKENS, BLOCK = 64, 64, 64
-WARM_UP_S = 3
+WARM_UP_S, TURN_S = 3, 2
 CALL = "from deepsparse.benchmark.benchmark_model import main; main()"
+STARTED = "performance measurements"
 
 
 def pair(model: Path, cores: Sequence[int], context: int, seconds: int) -> tuple[float, float]:
     """Median milliseconds per token of the last tokens of a context, in ours and in deepsparse.benchmark."""
     ids = np.resize(read_reference(model.parent).ids, context - NEW_TOKENS)
-    with EngineWorker.spawn(ENGINE, cores) as worker:
+    with (
+        EngineWorker.spawn(ENGINE, cores) as worker,
+        tempfile.TemporaryDirectory() as folder,
+    ):
         worker.load(model, context - 1, PROMPT)
-        before = ours(worker, ids, seconds / 2)
-        other = theirs(model, cores, context, seconds)
-        return float(np.median(before + ours(worker, ids, seconds / 2))), other
-
-
-def ours(worker: EngineWorker, ids: np.ndarray, seconds: float) -> list[float]:
-    """Milliseconds of each token, after as long a warm-up as deepsparse.benchmark has."""
-    decoded(worker, ids, WARM_UP_S)
-    return decoded(worker, ids, seconds)
+        samples: list[float] = []
+        with deepsparse_benchmark(model, cores, context, seconds, Path(folder)) as process:
+            # As long a warm-up as deepsparse.benchmark has; it is in its own at the first turn.
+            decoded(worker, ids, WARM_UP_S)
+            process.send_signal(signal.SIGCONT)
+            time.sleep(WARM_UP_S)
+            while process.poll() is None:
+                process.send_signal(signal.SIGSTOP)
+                samples += decoded(worker, ids, TURN_S)
+                process.send_signal(signal.SIGCONT)
+                time.sleep(TURN_S)
+        theirs = json.loads(Path(folder, "result.json").read_text())["benchmark_result"]["median"]
+        return float(np.median(samples)), float(theirs)
 
 
 def decoded(worker: EngineWorker, ids: np.ndarray, seconds: float) -> list[float]:
+    """Milliseconds of each token decoded in so many seconds."""
     samples: list[float] = []
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
@@ -59,26 +71,44 @@ def decoded(worker: EngineWorker, ids: np.ndarray, seconds: float) -> list[float
     return samples
 
 
-def theirs(model: Path, cores: Sequence[int], context: int, seconds: int) -> float:
-    """Median milliseconds of deepsparse.benchmark at the mean depth of our tokens.
+@contextmanager
+def deepsparse_benchmark(
+    model: Path, cores: Sequence[int], context: int, seconds: int, folder: Path
+) -> Iterator[subprocess.Popen[str]]:
+    """deepsparse.benchmark at the mean depth of our tokens, stopped where it has compiled the graph; it
+    writes result.json into `folder`.
 
-    It writes shapes into the graph, which is therefore a copy beside links to the weights.
+    It writes shapes into the graph, which is therefore a copy beside links to the weights. It counts the
+    time in which it is stopped as its own, so it is told to run for both.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        copy, result = Path(folder, "model.onnx"), Path(folder, "result.json")
-        shutil.copyfile(model, copy)
-        Path(folder, "model.onnx.data").symlink_to(model.resolve().with_name("model.onnx.data"))
-        length = BLOCK * -(-context // BLOCK)
-        options = ["--sequence_length", length, "--input_ids_length", 1, "-ncores", len(cores), "-t", seconds]
-        options += ["--num_kv_cache_tokens", context - NEW_TOKENS // 2, "-w", WARM_UP_S, "-q", "-x", result]
-        subprocess.run(
-            [interpreter(ENGINE), "-c", CALL, copy, *map(str, options)],
-            check=True,
-            capture_output=True,
-            env=clean_environment() | {"OMP_NUM_THREADS": str(len(cores))},
-            preexec_fn=lambda: os.sched_setaffinity(0, cores),
-        )
-        return float(json.loads(result.read_text())["benchmark_result"]["median"])
+    copy, result = folder / "model.onnx", folder / "result.json"
+    shutil.copyfile(model, copy)
+    (folder / "model.onnx.data").symlink_to(model.resolve().with_name("model.onnx.data"))
+    length = BLOCK * -(-context // BLOCK)
+    options = ["--sequence_length", length, "--input_ids_length", 1, "-ncores", len(cores)]
+    options += ["--num_kv_cache_tokens", context - NEW_TOKENS // 2]
+    options += ["-t", 2 * seconds, "-w", 2 * WARM_UP_S, "-x", result]
+    with subprocess.Popen(
+        [interpreter(ENGINE), "-c", CALL, copy, *map(str, options)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=clean_environment() | {"OMP_NUM_THREADS": str(len(cores))},
+        preexec_fn=lambda: os.sched_setaffinity(0, cores),
+    ) as process:
+        assert process.stderr is not None
+        log = []
+        while STARTED not in (log or [""])[-1]:
+            log.append(process.stderr.readline())
+            if not log[-1]:
+                raise RuntimeError(f"deepsparse.benchmark ended early: {''.join(log)}")
+        process.send_signal(signal.SIGSTOP)
+        try:
+            yield process
+        finally:
+            process.send_signal(signal.SIGCONT)
+            if process.poll() is None:
+                process.kill()
 
 
 def main() -> None:
@@ -87,8 +117,8 @@ def main() -> None:
     parser.add_argument("--precision", default="int8")
     parser.add_argument("--cores", type=int)
     parser.add_argument("--context", type=int, default=512)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--seconds", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--seconds", type=int, default=20)
     options = parser.parse_args()
     export = read_manifest(options.artifact).export_for(ENGINE.name, options.precision, dense=False)
     if export is None:
