@@ -24,8 +24,8 @@ from ..artifact import EngineName, Precision
 from ..blocks import logits_of
 from ..checkpoint import Checkpoint, StoredTensor
 from ..export.decoder import Weights
+from ..export.grid import Grid
 from ..export.plan import GGUF_BLOCK, Graph
-from ..export.quantize import Grid
 from ..export.reference import Reference
 from ..export.write import Written, write_graph
 from ..families import Decoder, decoder_of

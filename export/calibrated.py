@@ -20,8 +20,9 @@ from ..hidden import HiddenStates
 from ..models import ModelFiles, load_tokenizer
 from .decoder import Weights
 from .gptq import rounded
+from .grid import Grid
 from .inputs import Int8Inputs, rounded_inputs
-from .quantize import Grid, Quantized, grid_scale
+from .quantize import Quantized, grid_scale
 
 WINDOWS = 16
 TOKENS_PER_WINDOW = 512

@@ -19,7 +19,8 @@ from ..checkpoint import Checkpoint
 from ..families import Decoder, Outline
 from .activation import activate, soft_cap
 from .graph import GraphWriter
-from .quantize import Grid, Quantized, quantize
+from .grid import Grid
+from .quantize import Quantized, quantize
 
 
 class Weights:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 
 from ..masking import SLAB, damped, inverse_factor
-from .quantize import Grid
+from .grid import Grid
 
 SWEEPS = 2
 # Rows are independent of each other. So many at once are fast, and little memory even in a wide head.

@@ -18,7 +18,8 @@ from ..errors import UserError
 from ..families import Decoder
 from .decoder import Norm, Weights, add_biases, joint_name, joint_quantized, rms_norm, write_norm
 from .graph import GraphWriter
-from .quantize import Grid, pack_blocks
+from .grid import Grid
+from .quantize import pack_blocks
 from .rotary import Tables, gather_rows, rotate
 
 OPSET = 17

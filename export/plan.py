@@ -11,7 +11,7 @@ from ..artifact import Activations, EngineName, Precision
 from ..bench.engines import engine_named
 from ..bench.environments import interpreter
 from ..errors import UserError
-from .quantize import Grid
+from .grid import Grid
 
 Rounding = Literal["gptq", "nearest"]
 # The finest and most accurate block of MatMulNBits.

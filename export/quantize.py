@@ -5,31 +5,17 @@ Every scheme here is symmetric (zero point 0), so a pruned weight is the integer
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch.nn import functional as F
 
+from .grid import Grid
 
-@dataclass(frozen=True)
-class Grid:
-    """Integers of `bits` bits, with one scale per output channel, or per `block` inputs of it."""
-
-    bits: int
-    block: int | None = None
-
-    @property
-    def lowest(self) -> int:
-        """A scale per channel uses -127..127, as int8 kernels want it; one per block the whole range."""
-        return -(2 ** (self.bits - 1)) + (self.block is None)
-
-    @property
-    def stored_bytes(self) -> float:
-        """Bytes of a weight in the graph, with its part of the scale. Per channel the container is int8."""
-        return 1.0 if self.block is None else self.bits / 8 + 4 / self.block
-
-    @property
-    def highest(self) -> int:
-        return 2 ** (self.bits - 1) - 1
+# Rounding waits for memory unless its steps stay in the caches; more at once are shared out better.
+WEIGHTS_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -47,9 +33,8 @@ class Quantized:
 
 def quantize(weight: np.ndarray, grid: Grid) -> Quantized:
     """Round float32 [out, in] to the nearest level of `grid`."""
-    scale = grid_scale(weight, grid)
-    levels = np.rint(weight / scale_of_columns(scale, grid, weight.shape[1]))
-    return Quantized(np.clip(levels, grid.lowest, grid.highest).astype(np.int8), scale, grid)
+    levels, scale = zip(*(_rounded(rows, grid) for rows in _few_rows(weight)), strict=True)
+    return Quantized(torch.cat(levels).numpy(), torch.cat(scale).numpy(), grid)
 
 
 def grid_scale(weight: np.ndarray, grid: Grid) -> np.ndarray:
@@ -58,12 +43,7 @@ def grid_scale(weight: np.ndarray, grid: Grid) -> np.ndarray:
     A scale per channel is max|w| / highest. One per block is signed, as in GGML's Q4_0: the entry that
     is largest in magnitude maps to the lowest level, which uses the whole range of the grid.
     """
-    if grid.block is None:
-        peak = np.abs(weight).max(axis=1, keepdims=True)
-        return np.where(peak > 0, peak / grid.highest, 1.0).astype(np.float32)
-    blocks = _in_blocks(weight, grid.block)
-    peak = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=2)[..., None], axis=2)[..., 0]
-    return np.where(peak != 0, peak / grid.lowest, 1.0).astype(np.float32)
+    return torch.cat([_steps(_in_groups(rows, grid), grid) for rows in _few_rows(weight)]).numpy()
 
 
 def scale_of_columns(scale: np.ndarray, grid: Grid, columns: int) -> np.ndarray:
@@ -76,19 +56,42 @@ def pack_blocks(quantized: Quantized) -> np.ndarray:
 
     They hold level + 2^(bits-1), low nibble first; the in dimension is padded with zeros to a block.
     """
-    grid = quantized.grid
+    grid, (out, columns) = quantized.grid, quantized.levels.shape
     assert grid.block is not None
-    levels = (_in_blocks(quantized.levels.astype(np.int16), grid.block) - grid.lowest).astype(np.uint8)
-    return np.ascontiguousarray(levels if grid.bits == 8 else levels[..., 0::2] | (levels[..., 1::2] << 4))
+    padded = np.pad(quantized.levels, ((0, 0), (0, -columns % grid.block)))
+    levels = (padded.view(np.uint8) + np.uint8(-grid.lowest)).reshape(out, -1, grid.block)
+    return levels if grid.bits == 8 else levels[..., 0::2] | (levels[..., 1::2] << 4)
 
 
 def unpack_blocks(packed: np.ndarray, grid: Grid, columns: int) -> np.ndarray:
     """Levels int8 [out, columns] from what `pack_blocks` returned."""
     if grid.bits == 4:
         packed = np.stack((packed & 15, packed >> 4), axis=-1)
-    return (packed.reshape(len(packed), -1)[:, :columns].astype(np.int16) + grid.lowest).astype(np.int8)
+    return (packed.reshape(len(packed), -1)[:, :columns] - np.uint8(-grid.lowest)).view(np.int8)
 
 
-def _in_blocks(matrix: np.ndarray, block: int) -> np.ndarray:
-    out, columns = matrix.shape
-    return np.pad(matrix, ((0, 0), (0, -columns % block))).reshape(out, -1, block)
+def _few_rows(weight: np.ndarray) -> Iterator[torch.Tensor]:
+    """The rows of [out, in], some at a time: what is made of them on the way stays in the caches."""
+    yield from torch.from_numpy(weight).split(max(1, WEIGHTS_AT_ONCE // weight.shape[1]))
+
+
+def _rounded(weight: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+    groups = _in_groups(weight, grid)
+    scale = _steps(groups, grid)
+    levels = (groups / scale[..., None]).round_().clamp_(grid.lowest, grid.highest).to(torch.int8)
+    return levels.flatten(1)[:, : weight.shape[1]], scale
+
+
+def _in_groups(weight: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Weights [out, groups, in / groups], of which each group has one scale; padded with zeros."""
+    out, columns = weight.shape
+    width = grid.block or columns
+    return F.pad(weight, (0, -columns % width)).reshape(out, -1, width)
+
+
+def _steps(groups: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """What `grid_scale` says of weights [out, groups, in / groups]."""
+    high, low = groups.amax(2), groups.amin(2)
+    signed = torch.where(high >= -low, high, low)
+    peak, end = (signed.abs(), grid.highest) if grid.block is None else (signed, grid.lowest)
+    return torch.where(peak != 0, peak / end, 1.0)

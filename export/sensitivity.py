@@ -23,8 +23,9 @@ from ..hidden import HiddenStates
 from ..models import ModelFiles
 from ..progress import progress
 from .decoder import Weights
+from .grid import Grid
 from .inputs import Int8Inputs, rounded_inputs
-from .quantize import Grid, quantize
+from .quantize import quantize
 
 # Windows of the quantization text that are enough to tell layers apart.
 WINDOWS = 4

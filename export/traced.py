@@ -36,8 +36,9 @@ from ..storage import TRACED_PREFIX
 from ..weightless import model_without_weights
 from .decoder import Linears, Weights, joint_name
 from .graph import GraphWriter
+from .grid import Grid
 from .plan import Graph
-from .quantize import Grid, Quantized
+from .quantize import Quantized
 
 # LayerNormalization is one operator from here on.
 OPSET = 17

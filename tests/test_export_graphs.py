@@ -16,9 +16,10 @@ from dlp_deploy.artifact import Precision
 from dlp_deploy.checkpoint import open_checkpoint
 from dlp_deploy.errors import UserError
 from dlp_deploy.export.decoder import Weights
+from dlp_deploy.export.grid import Grid
 from dlp_deploy.export.onnxruntime import computes_windows
 from dlp_deploy.export.plan import Graph, plan_graphs
-from dlp_deploy.export.quantize import Grid, quantize
+from dlp_deploy.export.quantize import quantize
 from dlp_deploy.export.rotary import rotary_tables
 from dlp_deploy.export.verify import VerificationError, check_structure, count_zeros, graph_logits
 from dlp_deploy.export.write import write_graph

@@ -14,7 +14,8 @@ from dlp_deploy.checkpoint import open_checkpoint
 from dlp_deploy.export.calibrated import CalibratedWeights, quantization_text
 from dlp_deploy.export.decoder import Weights
 from dlp_deploy.export.gptq import descended, rounded, swept
-from dlp_deploy.export.quantize import Grid, grid_scale, quantize, scale_of_columns
+from dlp_deploy.export.grid import Grid
+from dlp_deploy.export.quantize import grid_scale, quantize, scale_of_columns
 from dlp_deploy.families import decoder_of
 from dlp_deploy.masking import inverse_factor, parse_pattern, prune_sparsegpt
 from dlp_deploy.models import ModelFiles, load_config, resolve_model

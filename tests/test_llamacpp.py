@@ -27,8 +27,9 @@ from dlp_deploy.evaluation import evaluate
 from dlp_deploy.export import export
 from dlp_deploy.export.decoder import Weights
 from dlp_deploy.export.gguf import pack_q4_0
+from dlp_deploy.export.grid import Grid
 from dlp_deploy.export.plan import Graph, plan_graphs
-from dlp_deploy.export.quantize import Grid, quantize
+from dlp_deploy.export.quantize import quantize
 from dlp_deploy.export.write import Written, write_graph
 from dlp_deploy.families import decoder_of
 from dlp_deploy.models import load_config, resolve_model

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from dlp_deploy.export.quantize import Grid, pack_blocks, quantize, scale_of_columns, unpack_blocks
+from dlp_deploy.export.grid import Grid
+from dlp_deploy.export.quantize import pack_blocks, quantize, scale_of_columns, unpack_blocks
 
 finite = st.floats(-100, 100, width=32).map(lambda x: 0.0 if abs(x) < 1e-20 else x)
 matrices = arrays(np.float32, array_shapes(min_dims=2, max_dims=2, max_side=40), elements=finite)

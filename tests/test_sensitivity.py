@@ -15,7 +15,8 @@ from dlp_deploy.bench.environments import install
 from dlp_deploy.checkpoint import open_checkpoint
 from dlp_deploy.errors import UserError
 from dlp_deploy.export.calibrated import quantization_text
-from dlp_deploy.export.quantize import Grid, quantize
+from dlp_deploy.export.grid import Grid
+from dlp_deploy.export.quantize import quantize
 from dlp_deploy.export.sensitivity import Cost, choose_kept, measure_costs
 from dlp_deploy.models import resolve_model
 

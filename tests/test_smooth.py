@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 from dlp_deploy.checkpoint import open_checkpoint
 from dlp_deploy.export.calibrated import quantization_text
 from dlp_deploy.export.decoder import Weights
-from dlp_deploy.export.quantize import Grid, quantize
+from dlp_deploy.export.grid import Grid
+from dlp_deploy.export.quantize import quantize
 from dlp_deploy.export.smooth import measure_smoothing, smoothed_checkpoint
 from dlp_deploy.families import decoder_of
 from dlp_deploy.models import ModelFiles, load_config, resolve_model

@@ -21,9 +21,10 @@ from dlp_deploy.errors import UserError
 from dlp_deploy.export.calibrated import CalibratedWeights, quantization_text
 from dlp_deploy.export.decoder import Weights
 from dlp_deploy.export.gptq import rounded
+from dlp_deploy.export.grid import Grid
 from dlp_deploy.export.inputs import Int8Inputs
 from dlp_deploy.export.plan import Graph, plan_graphs
-from dlp_deploy.export.quantize import Grid, grid_scale, quantize
+from dlp_deploy.export.quantize import grid_scale, quantize
 from dlp_deploy.export.smooth import STATIC_MIGRATION, measure_smoothing, smoothed_checkpoint
 from dlp_deploy.export.verify import graph_logits
 from dlp_deploy.export.write import write_graph
