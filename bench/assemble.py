@@ -6,46 +6,67 @@ import math
 import platform
 import subprocess
 from collections.abc import Sequence
-from dataclasses import asdict
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
 from ..families import Outline
+from .agreement import Agreement, DepthCheck
 from .bandwidth import measure_bandwidth
-from .machine import available_memory, describe_machine
-from .measure import Agreement, Noise, Outcome, Workload
-from .peak import measure_peak
+from .machine import available_memory, describe_machine, nodes_of
+from .outcome import Outcome, Workload
+from .peak import Peak, measure_peak
 from .report import (
     Comparison,
+    DepthAgreement,
     EngineRecord,
     Environment,
     LatencyMs,
-    NoiseRecord,
     OutputAgreement,
     Run,
 )
 from .roofline import roofline, traffic_of
-from .statistics import DRIFT_LIMIT, alike, drift, latency, speedup
-
-STOLEN_LIMIT = 0.01
-OTHERS_LIMIT = 0.05
-# Beyond this share of the measured bandwidth an extrapolated time is not to be believed.
-BANDWIDTH_LIMIT = 1.1
+from .statistics import alike, drift, latency, speedup
 
 
-def describe_environment(cores: Sequence[int], outcomes: Sequence[Outcome]) -> Environment:
-    """The machine, its memory bandwidth and peak rates on `cores`, and the versions of all that took part."""
-    machine = describe_machine()
-    bandwidth = measure_bandwidth(cores, machine.caches.get("L3", 0), available_memory())
-    peak = measure_peak(cores)
+@dataclass(frozen=True)
+class Roofs:
+    """Bytes a second that `cores` read from memory, and operations a second that they do."""
+
+    cores: tuple[int, ...]
+    bandwidth: float
+    peak: Peak
+
+
+def measure_roofs(cores: Sequence[int]) -> Roofs:
+    return Roofs(tuple(cores), _bandwidth(cores), measure_peak(cores))
+
+
+def _bandwidth(cores: Sequence[int]) -> float:
+    return measure_bandwidth(cores, describe_machine().caches.get("L3", 0), available_memory())
+
+
+def describe_environment(before: Roofs, outcomes: Sequence[Outcome], again: bool = True) -> Environment:
+    """The machine, its memory bandwidth and peak rates, and the versions of all that took part.
+
+    The bandwidth is measured once more if `again`: the larger of both is reported, and their difference.
+    """
+    rates = [before.bandwidth]
+    if again:
+        # By now there is too much to lose for one more figure.
+        with suppress(OSError, subprocess.CalledProcessError):
+            rates.append(_bandwidth(before.cores))
     return Environment(
-        **asdict(machine),
-        cores_used=tuple(cores),
-        memory_bandwidth_gbps=round(bandwidth / 1e9, 2),
-        peak_fp32_gops=round(peak.fp32 / 1e9, 1),
-        peak_int8_gops=round(peak.int8 / 1e9, 1),
+        **asdict(describe_machine()),
+        cores_used=before.cores,
+        nodes_used=nodes_of(before.cores),
+        memory_bandwidth_gbps=round(max(rates) / 1e9, 2),
+        memory_bandwidth_spread=round(1 - min(rates) / max(rates), 4) if len(rates) > 1 else None,
+        peak_fp32_gops=round(before.peak.fp32 / 1e9, 1),
+        peak_int8_gops=round(before.peak.int8 / 1e9, 1),
         versions={"python": platform.python_version(), "dlp-deploy": version("dlp-deploy")},
         engines={outcome.candidate.engine.name: _engine_record(outcome) for outcome in outcomes},
         git_revision=git_revision(),
@@ -87,9 +108,11 @@ def run_record(outcome: Outcome, workload: Workload, decoder: Outline, environme
         prompt_tokens=workload.prompt_tokens,
         new_tokens=workload.new_tokens,
         context=workload.context,
+        filled_tokens=workload.filled_tokens,
         weight_bytes=candidate.weight_bytes,
         load_s=outcome.load_s or None,
         output_check=_agreement_record(outcome.agreement),
+        depth_check=_depth_record(outcome.depth, workload),
         notes=(*candidate.notes, *outcome.notes),
     )
     if outcome.status != "ok":
@@ -114,6 +137,10 @@ def _measured(outcome: Outcome) -> dict[str, object]:
         "perplexity": quality.perplexity if quality else None,
         "perplexity_stderr": _finite(quality.stderr) if quality else None,
         "warm_ups": outcome.warm_ups,
+        "settled": outcome.settled,
+        "tokens_sha256": outcome.tokens_sha256,
+        "same_tokens": outcome.same_tokens,
+        "noise": outcome.noise.record(),
         "drift": drift(samples),
         "samples_per_round": samples.shape[1],
         "samples_ms": tuple(samples.ravel().tolist()),
@@ -137,6 +164,21 @@ def _agreement_record(agreement: Agreement | None) -> OutputAgreement | None:
     )
 
 
+def _depth_record(found: DepthCheck | None, workload: Workload) -> DepthAgreement | None:
+    if found is None:
+        return None
+    return DepthAgreement(
+        reference=found.reference,
+        depth=len(workload.ids),
+        positions=found.check.positions,
+        max_rel_error=_finite(found.check.max_rel_error),
+        mean_rel_error=_finite(found.check.mean_rel_error),
+        greedy_match=found.check.greedy_match,
+        limited=found.limited,
+        limit=found.limit,
+    )
+
+
 def _finite(value: float) -> float | None:
     # JSON has no nan and no infinity.
     return value if math.isfinite(value) else None
@@ -154,40 +196,7 @@ def _comparison(run: Run, baseline: Run) -> Comparison:
     return Comparison(
         run=run.name,
         baseline=baseline.name,
-        speedup=ratio.median,
-        ci95=(ratio.low, ratio.high),
+        speedup=ratio.value,
+        ci95=ratio.interval,
         ttft_speedup=base_first / first,
     )
-
-
-def noise_record(noise: Noise) -> NoiseRecord:
-    # The difference of two coarse clocks may come out just below zero on a quiet machine.
-    return NoiseRecord(stolen_share=noise.stolen_share, others_share=max(0.0, noise.others_share))
-
-
-def warnings(runs: Sequence[Run], noise: NoiseRecord) -> tuple[str, ...]:
-    """What a reader must know before believing the figures."""
-    found = []
-    if noise.stolen_share > STOLEN_LIMIT:
-        found.append(
-            f"the hypervisor took {noise.stolen_share:.1%} of the cores' time: figures are pessimistic"
-        )
-    if noise.others_share > OTHERS_LIMIT:
-        found.append(
-            f"other processes used {noise.others_share:.0%} of the cores' time: repeat on a quiet machine"
-        )
-    for run in runs:
-        if run.drift is not None and run.drift > DRIFT_LIMIT:
-            found.append(
-                f"{run.name} varied by {run.drift:.0%} from round to round: conditions were not steady"
-            )
-        if run.extrapolated_from and run.roofline and run.roofline.bandwidth_share > BANDWIDTH_LIMIT:
-            found.append(
-                f"{run.name}, which is extrapolated, would read memory at {run.roofline.bandwidth_share:.0%} "
-                "of the measured bandwidth: its time is too short, and speed-ups over it are too small"
-            )
-        if run.status != "ok":
-            found.append(f"{run.name} is not timed ({run.status}): {run.reason}")
-    if not any(run.dense and run.tpot_ms for run in runs):
-        found.append("no dense baseline was timed, so there is no speed-up to report")
-    return tuple(found)

@@ -9,14 +9,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 REPEATS = 5
+FLOAT_BYTES = 4
 
 
 def measure_bandwidth(cores: Sequence[int], cache_bytes: int, available_bytes: int) -> float:
@@ -30,22 +31,33 @@ def measure_bandwidth(cores: Sequence[int], cache_bytes: int, available_bytes: i
 
 
 def _best_pass(cores: Sequence[int], size: int) -> float:
-    # Ones, not zeros: untouched zero pages would all be the same page.
-    data = np.ones(size // 4, dtype=np.float32)
-    parts = np.array_split(data, len(cores))
+    """Bytes a second that threads on `cores` read at once, each from its own part of `size` bytes."""
+    start, end = (threading.Barrier(len(cores) + 1) for _ in range(2))
+    part = size // FLOAT_BYTES // len(cores)
+    threads = [threading.Thread(target=_read, args=(core, part, start, end)) for core in cores]
+    for thread in threads:
+        thread.start()
     best = 0.0
-    with ThreadPoolExecutor(len(cores)) as pool:
-        for read in (_largest, _self_product):
-            for _ in range(REPEATS):
-                start = time.perf_counter()
-                list(pool.map(_pinned, [read] * len(cores), cores, parts))
-                best = max(best, data.nbytes / (time.perf_counter() - start))
+    for _ in range(len(READS) * REPEATS):
+        start.wait()
+        began = time.perf_counter()
+        end.wait()
+        best = max(best, part * FLOAT_BYTES * len(cores) / (time.perf_counter() - began))
+    for thread in threads:
+        thread.join()
     return best
 
 
-def _pinned(read: Callable[[np.ndarray], object], core: int, part: np.ndarray) -> None:
+def _read(core: int, count: int, start: threading.Barrier, end: threading.Barrier) -> None:
+    # Memory is on the NUMA node of the thread that first touches it. Ones, not zeros: untouched zero pages
+    # would all be the same page.
     os.sched_setaffinity(0, [core])
-    read(part)
+    data = np.ones(count, dtype=np.float32)
+    for read in READS:
+        for _ in range(REPEATS):
+            start.wait()
+            read(data)
+            end.wait()
 
 
 def _largest(part: np.ndarray) -> object:
@@ -54,6 +66,9 @@ def _largest(part: np.ndarray) -> object:
 
 def _self_product(part: np.ndarray) -> object:
     return np.dot(part, part)
+
+
+READS = (_largest, _self_product)
 
 
 if __name__ == "__main__":

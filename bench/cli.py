@@ -56,6 +56,7 @@ def run(
     eval_data: Annotated[str, typer.Option(help="Text for the perplexity, as --calib of prune.")] = "builtin",
     eval_windows: Annotated[int, typer.Option(help="Windows for the perplexity; 0 leaves it out.")] = 16,
     eval_tokens: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
+    time_limit: Annotated[float, typer.Option(help="Seconds after which a silent engine is ended.")] = 3600,
     output: Annotated[Path | None, typer.Option(help="report.json. Default: in <artifact>.bench/.")] = None,
     force: Force = False,
 ) -> None:

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .present import markdown_table
 from .report import Report, Run, read_report
 from .statistics import Ratio, ratio_of_medians, ratio_of_speedups
 
+# Measured anew for every report, so that they always differ and say nothing of the conditions.
+MEASURED = (
+    "environment.memory_bandwidth_gbps",
+    "environment.memory_bandwidth_spread",
+    "environment.peak_fp32_gops",
+    "environment.peak_int8_gops",
+    "environment.clock_ghz",
+)
+
 
 @dataclass(frozen=True)
 class Change:
-    """A figure of both reports: after / before, with its 95 % bootstrap interval."""
+    """A figure of both reports: after / before, with its 95 % interval."""
 
     name: str
     before: float
@@ -23,9 +35,31 @@ class Change:
 
     @property
     def verdict(self) -> str:
-        if self.ratio.low <= 1 <= self.ratio.high:
+        if self.ratio.interval is None:
+            return "unknown: one round"
+        low, high = self.ratio.interval
+        if low <= 1 <= high:
             return "within noise"
-        return "higher" if self.ratio.median > 1 else "lower"
+        return "higher" if self.ratio.value > 1 else "lower"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure that each report states once. `error` is the standard error of the difference, if known."""
+
+    name: str
+    before: float
+    after: float
+    error: float | None = None
+
+    @property
+    def verdict(self) -> str:
+        difference = self.after - self.before
+        if difference == 0:
+            return "the same"
+        if self.error is not None and abs(difference) <= 1.96 * self.error:
+            return "within its error"
+        return "higher" if difference > 0 else "lower"
 
 
 @dataclass(frozen=True)
@@ -42,27 +76,33 @@ class ReportChanges:
     facts: tuple[Difference, ...]
     runs: tuple[Difference, ...]
     latencies: tuple[Change, ...]
+    first_tokens: tuple[Change, ...]
     speedups: tuple[Change, ...]
+    figures: tuple[Figure, ...]
 
 
 def compare(before: str | Path, after: str | Path) -> ReportChanges:
     """Compare two report.json files.
 
-    Times per token are compared as ratios of medians, speed-ups as ratios of speed-ups. Intervals come
-    from the raw samples of each report, whose rounds are resampled; they know how much rounds differ
-    within a report, and nothing of what differs between two days, such as heat or the placement of
-    memory. Speed-ups are free of most of that. Raises UserError for a file that is no report.
+    Times are compared as ratios of medians, speed-ups as ratios of speed-ups. Intervals come from the
+    medians of the rounds of each report; they know how much rounds differ within a report, and nothing of
+    what differs between two days, such as heat or the placement of memory. Speed-ups are free of most of
+    that. Memory, sizes, output errors and perplexity are set side by side; perplexities are judged by their
+    standard errors, as if their texts were drawn apart. Raises UserError for a file that is no report.
     """
     return compare_reports(read_report(Path(before)), read_report(Path(after)))
 
 
 def compare_reports(before: Report, after: Report) -> ReportChanges:
     timed = [{run.name: run for run in report.runs if run.tpot_ms} for report in (before, after)]
+    pairs = [(run, timed[1][name]) for name, run in timed[0].items() if name in timed[1]]
     return ReportChanges(
         facts=tuple(_differences(_facts(before), _facts(after))),
         runs=tuple(_differences(_states(before), _states(after))),
-        latencies=tuple(_latency(run, timed[1][name]) for name, run in timed[0].items() if name in timed[1]),
+        latencies=tuple(_latency(*pair) for pair in pairs),
+        first_tokens=tuple(_first_token(*pair) for pair in pairs),
         speedups=tuple(_speedups(before, after, *timed)),
+        figures=tuple(figure for pair in pairs for figure in _figures(*pair)),
     )
 
 
@@ -71,6 +111,8 @@ def to_markdown(changes: ReportChanges) -> str:
     sections = [
         ("Speed-ups", _change_table(changes.speedups, "x")),
         ("Time per token (ms, median)", _change_table(changes.latencies, "")),
+        ("Time to the first token (ms, median)", _change_table(changes.first_tokens, "")),
+        ("Memory, size and quality", _figure_table(changes.figures)),
         ("Runs", _difference_table(changes.runs)),
         ("Environment and arguments", _difference_table(changes.facts)),
     ]
@@ -82,6 +124,39 @@ def _latency(before: Run, after: Run) -> Change:
     assert before.tpot_ms is not None
     assert after.tpot_ms is not None
     return Change(before.name, before.tpot_ms.p50, after.tpot_ms.p50, ratio)
+
+
+def _first_token(before: Run, after: Run) -> Change:
+    times = [np.array(run.ttft_samples_ms)[:, None] for run in (after, before)]
+    return Change(
+        before.name, float(np.median(times[1])), float(np.median(times[0])), ratio_of_medians(*times)
+    )
+
+
+def _figures(before: Run, after: Run) -> Iterator[Figure]:
+    stated = _stated(before), _stated(after)
+    for name, was in stated[0].items():
+        now = stated[1][name]
+        if was is not None and now is not None:
+            yield Figure(f"{before.name}: {name}", was, now)
+    if before.perplexity is not None and after.perplexity is not None:
+        errors = [each for each in (before.perplexity_stderr, after.perplexity_stderr) if each is not None]
+        error = math.hypot(*errors) if len(errors) == 2 else None
+        yield Figure(f"{before.name}: perplexity", before.perplexity, after.perplexity, error)
+
+
+def _stated(run: Run) -> dict[str, float | None]:
+    check = run.output_check
+    return {
+        "peak memory, MB": _mega(run.peak_rss_bytes),
+        "weights, MB": _mega(run.weight_bytes),
+        "max output error": check.max_rel_error if check else None,
+        "mean output error": check.mean_rel_error if check else None,
+    }
+
+
+def _mega(size: int | None) -> float | None:
+    return None if size is None else size / 1e6
 
 
 def _speedups(
@@ -102,7 +177,8 @@ def _facts(report: Report) -> dict[str, Any]:
     """Everything but the figures, flat."""
     stored = report.model_dump()
     keys = ("dlp_deploy", "artifact", "model", "command", "environment", "evaluation")
-    return dict(_flat({key: stored[key] for key in keys}))
+    flat = dict(_flat({key: stored[key] for key in keys}))
+    return {name: value for name, value in flat.items() if name not in MEASURED}
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -129,13 +205,33 @@ def _change_table(changes: tuple[Change, ...], unit: str) -> str:
             change.name,
             f"{change.before:.2f}{unit}",
             f"{change.after:.2f}{unit}",
-            f"{change.ratio.median - 1:+.1%}",
-            f"{change.ratio.low - 1:+.1%} to {change.ratio.high - 1:+.1%}",
+            f"{change.ratio.value - 1:+.1%}",
+            _interval(change.ratio),
             change.verdict,
         ]
         for change in changes
     ]
     return markdown_table(("", "before", "after", "change", "95% interval", "verdict"), rows) if rows else ""
+
+
+def _interval(ratio: Ratio) -> str:
+    return "-" if ratio.interval is None else " to ".join(f"{end - 1:+.1%}" for end in ratio.interval)
+
+
+def _figure_table(figures: tuple[Figure, ...]) -> str:
+    rows = [
+        [
+            figure.name,
+            f"{figure.before:.4g}",
+            f"{figure.after:.4g}",
+            f"{figure.after / figure.before - 1:+.1%}" if figure.before else "-",
+            "-" if figure.error is None else f"{figure.error:.2g}",
+            figure.verdict,
+        ]
+        for figure in figures
+    ]
+    headings = ("", "before", "after", "change", "its standard error", "verdict")
+    return markdown_table(headings, rows) if rows else ""
 
 
 def _difference_table(differences: tuple[Difference, ...]) -> str:

@@ -32,7 +32,8 @@ def extrapolate(small: Run, large: Run, name: str, blocks: int, environment: Env
     def carried_on(fewer: np.ndarray, more: np.ndarray) -> np.ndarray:
         return more + factor * (more - fewer)
 
-    times = carried_on(np.median(small.samples, axis=1), np.median(large.samples, axis=1))
+    rounds = min(len(small.samples), len(large.samples))
+    times = carried_on(*(np.median(run.samples[:rounds], axis=1) for run in (small, large)))
     first = carried_on(*(np.array([np.median(run.ttft_samples_ms)]) for run in (small, large)))
     weight_bytes = round(large.weight_bytes + factor * (large.weight_bytes - small.weight_bytes))
     run = large.model_copy(

@@ -16,6 +16,8 @@ from pathlib import Path
 from ..errors import UserError
 
 ROOT = Path("/")
+# What cpu.stat of a cgroup calls the time in which it was throttled, and its unit in seconds.
+_THROTTLED = {"throttled_usec": 1e-6, "throttled_time": 1e-9}
 # Instruction sets that decide how fast an engine is, as /proc/cpuinfo names them.
 TELLING_FLAGS = (
     "avx2",
@@ -115,22 +117,43 @@ def choose_cores(
 ) -> tuple[int, ...]:
     """Logical CPU numbers of `count` distinct physical cores (None: all usable ones), one per core.
 
-    Cores of one NUMA node are taken before those of the next. `allowed` defaults to this process's
-    affinity. Raises UserError when there are not so many.
+    They are on the smallest NUMA node that has so many, or else on as few nodes as can be. `allowed`
+    defaults to this process's affinity. Raises UserError when there are not so many.
     """
-    cores = _allowed_cores(root, allowed)
-    quota = cpu_quota(root)
-    most = len(cores) if quota is None else min(len(cores), max(1, math.floor(quota)))
-    if count is None:
-        return tuple(cores[:most])
-    if count < 1:
+    nodes = _allowed_cores(root, allowed)
+    quota, most = cpu_quota(root), sum(map(len, nodes))
+    if quota is not None:
+        most = min(most, max(1, math.floor(quota)))
+    wanted = most if count is None else count
+    if wanted < 1:
         raise UserError(f"--cores {count}: at least one core is needed")
-    if count > most:
+    if wanted > most:
         physical = len({cpu.core for cpu in read_topology(root)})
         limit = f", of which affinity and cgroup leave us {most}" if most < physical else ""
         has = f"this machine has {physical} physical core{'s' if physical > 1 else ''}{limit}"
         raise UserError(f"--cores {count}: {has}; use --cores {most}{' or fewer' if most > 1 else ''}")
-    return tuple(cores[:count])
+    fitting = [node for node in nodes if len(node) >= wanted]
+    largest_first = sorted(nodes, key=len, reverse=True)
+    chosen = [min(fitting, key=len)] if fitting else largest_first
+    return tuple([core for node in chosen for core in node][:wanted])
+
+
+def nodes_of(cores: Sequence[int], root: Path = ROOT) -> tuple[int, ...]:
+    """The NUMA nodes that the hardware threads `cores` belong to."""
+    return tuple(sorted({cpu.node for cpu in read_topology(root) if cpu.number in set(cores)}))
+
+
+def siblings_of(cores: Sequence[int], root: Path = ROOT) -> tuple[int, ...]:
+    """The other hardware threads of the physical cores of `cores`."""
+    cpus = read_topology(root)
+    physical = {cpu.core for cpu in cpus if cpu.number in set(cores)}
+    return tuple(cpu.number for cpu in cpus if cpu.core in physical and cpu.number not in set(cores))
+
+
+def cores_beside(cores: Sequence[int], root: Path = ROOT) -> tuple[int, ...]:
+    """The hardware threads of all other physical cores, which share the memory with `cores`."""
+    own = {*cores, *siblings_of(cores, root)}
+    return tuple(cpu.number for cpu in read_topology(root) if cpu.number not in own)
 
 
 def usable_cores(root: Path = ROOT) -> int:
@@ -171,14 +194,28 @@ def available_memory(root: Path = ROOT) -> int:
     return min(free)
 
 
-def _allowed_cores(root: Path, allowed: Iterable[int] | None) -> list[int]:
-    """The first allowed hardware thread of each physical core, node by node."""
+def throttled_seconds(root: Path = ROOT) -> float:
+    """Seconds that this process's cgroups (v2 or v1) have kept their threads from running, since boot."""
+    found = [0.0]
+    for folder in _cgroup_folders(root):
+        for line in (_read(folder / "cpu.stat") or "").splitlines():
+            name, _, value = line.partition(" ")
+            if name in _THROTTLED:
+                found.append(int(value) * _THROTTLED[name])
+    return max(found)
+
+
+def _allowed_cores(root: Path, allowed: Iterable[int] | None) -> list[list[int]]:
+    """For each NUMA node the first allowed hardware thread of each of its physical cores."""
     permitted = set(os.sched_getaffinity(0) if allowed is None else allowed)
     first: dict[int, LogicalCpu] = {}
     for cpu in read_topology(root):
         if cpu.number in permitted:
             first.setdefault(cpu.core, cpu)
-    return [cpu.number for cpu in sorted(first.values(), key=lambda cpu: (cpu.node, cpu.number))]
+    nodes: dict[int, list[int]] = {}
+    for cpu in sorted(first.values(), key=lambda cpu: (cpu.node, cpu.number)):
+        nodes.setdefault(cpu.node, []).append(cpu.number)
+    return list(nodes.values())
 
 
 def _cgroup_folders(root: Path) -> list[Path]:

@@ -17,7 +17,7 @@ from .environments import interpreter, list_engines
 @dataclass(frozen=True)
 class Candidate:
     """One model in one engine. `model` is what the engine loads, `reference` the folder that holds
-    the logits it must agree with."""
+    the logits it must agree with. Candidates of the same `weights` had the same ones before quantization."""
 
     name: str
     engine: Engine
@@ -27,6 +27,7 @@ class Candidate:
     model: Path
     reference: Path
     weight_bytes: int
+    weights: str
     notes: tuple[str, ...] = ()
 
 
@@ -131,6 +132,7 @@ def _graph_run(artifact: Path, manifest: Manifest, export: Export, engine: Engin
         model=folder / engine.model_file,
         reference=folder,
         weight_bytes=export.weight_bytes,
+        weights="dense" if export.dense else "pruned",
         notes=export.notes,
     )
 
@@ -151,6 +153,7 @@ def _checkpoint_run(artifact: Path, manifest: Manifest, engine: Engine) -> Candi
         model=artifact / CHECKPOINT,
         reference=artifact / graphs[0].path,
         weight_bytes=4 * manifest.source.parameters,
+        weights="pruned",
     )
 
 

@@ -52,7 +52,6 @@ def roofline_figure(report: Report) -> Figure:
     span = np.geomspace(min(intensities) / 3, 300, 200)
     _roofs(axes, report, span)
     for index, (run, limits) in enumerate(points):
-        share = max(limits.bandwidth_share, limits.compute_share or 0)
         axes.plot(
             limits.gops / limits.gbps,
             limits.gops,
@@ -60,7 +59,7 @@ def roofline_figure(report: Report) -> Figure:
             color=f"C{index}",
             markeredgecolor=INK,
             markersize=8,
-            label=f"{run.name}: {share:.0%} of {limits.bound}",
+            label=f"{run.name}: {limits.share:.0%} of {limits.bound}",
         )
     axes.set_xscale("log")
     axes.set_yscale("log")
@@ -122,11 +121,13 @@ def _speedup_bars(axes: Axes, report: Report, runs: list[Run]) -> None:
                 continue
             place = row + (index - (len(baselines) - 1) / 2) * height
             axes.barh(place, comparison.speedup, height=0.9 * height, color=color)
-            axes.plot(comparison.ci95, (place, place), color=INK, linewidth=1.4, solid_capstyle="butt")
-            highest = max(highest, comparison.ci95[1])
+            if comparison.ci95:
+                axes.plot(comparison.ci95, (place, place), color=INK, linewidth=1.4, solid_capstyle="butt")
+            end = comparison.ci95[1] if comparison.ci95 else comparison.speedup
+            highest = max(highest, end)
             axes.annotate(
                 f"{comparison.speedup:.2f}x",
-                (comparison.ci95[1], place),
+                (end, place),
                 xytext=(4, 0),
                 textcoords="offset points",
                 va="center",

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import UserError
 from .report import Report, Run
 
-SCHEMA = 1
+SCHEMA: Literal[1] = 1
 
 
 class Point(BaseModel):
@@ -24,7 +24,7 @@ class Point(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
-    schema_version: int = Field(default=SCHEMA, alias="schema")
+    schema_version: Literal[1] = Field(alias="schema")
     shape: str
     quant: str
     sparsity: float
@@ -39,7 +39,7 @@ class Point(BaseModel):
     @property
     def is_whole(self) -> bool:
         """Whether every run of it was timed."""
-        return all(run.status == "ok" for run in self.report.runs)
+        return all(run.status == "ok" and not run.reason for run in self.report.runs)
 
 
 def read_points(path: Path) -> list[Point]:

@@ -25,6 +25,8 @@ HEADINGS = (
 )
 # Off a terminal the table is not squeezed into 80 columns.
 LOG_WIDTH = 140
+# Weights of so many times the L3 cache do not gain from it.
+CACHED = 4
 
 
 def print_report(report: Report, console: Console | None = None) -> None:
@@ -48,7 +50,7 @@ def headline(report: Report) -> str:
     """The fastest sparse run in one sentence: its speed-up over dense fp32 and over the best dense run."""
     fastest = fastest_sparse(report)
     parts = [
-        f"{comparison.speedup:.2f}x {comparison.baseline} (95% interval {_interval(comparison)})"
+        f"{comparison.speedup:.2f}x {comparison.baseline}{_bracketed(comparison)}"
         for comparison in _headline_comparisons(report, fastest)
     ]
     return f"{fastest.name} decodes at {' and '.join(parts)}." if fastest and parts else ""
@@ -71,7 +73,7 @@ def to_markdown(report: Report) -> str:
         *_section("Speed-ups", [_comparisons_table(report)] if report.comparisons else []),
         *_section("Latency (ms)", [_latency_table(report)]),
         *_section("What limits it", _roofline_lines(report)),
-        *_section("Outputs", [_checks_table(report)]),
+        *_section("Outputs", [_checks_table(report), *_depth_lines(report)]),
         *_section("Notes", [f"- {run.name}: {'; '.join(run.notes)}" for run in report.runs if run.notes]),
         *_section("Machine", environment_lines(report.environment)),
     ]
@@ -130,8 +132,13 @@ def _perplexity(run: Run) -> str:
     return f"{run.perplexity:.2f}{error}"
 
 
-def _interval(comparison: Comparison) -> str:
-    return f"{comparison.ci95[0]:.2f} to {comparison.ci95[1]:.2f}"
+def interval(comparison: Comparison) -> str:
+    """Its 95 % interval, or a dash where one round gives none."""
+    return "-" if comparison.ci95 is None else f"{comparison.ci95[0]:.2f} to {comparison.ci95[1]:.2f}"
+
+
+def _bracketed(comparison: Comparison) -> str:
+    return f" (95% interval {interval(comparison)})" if comparison.ci95 else " (one round, no interval)"
 
 
 def _headline_comparisons(report: Report, run: Run | None) -> list[Comparison]:
@@ -145,7 +152,8 @@ def _headline_comparisons(report: Report, run: Run | None) -> list[Comparison]:
 def _explanation(report: Report) -> str:
     lines = [
         "ms/token is the median time per generated token after the first; tokens/s follows from its mean.",
-        "Speed-ups are medians of paired ratios from interleaved rounds.",
+        "Speed-ups are medians of paired ratios from interleaved rounds; their intervals are Student's, over "
+        "the logarithms of the ratios of single rounds.",
         "Peak memory is that of the engine's process, from loading to the last token.",
     ]
     if text := report.evaluation:
@@ -168,7 +176,7 @@ def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> st
 
 def _comparisons_table(report: Report) -> str:
     rows = [
-        [c.run, c.baseline, f"{c.speedup:.2f}x", _interval(c), f"{c.ttft_speedup:.2f}x"]
+        [c.run, c.baseline, f"{c.speedup:.2f}x", interval(c), f"{c.ttft_speedup:.2f}x"]
         for c in report.comparisons
     ]
     return markdown_table(("run", "baseline", "speed-up", "95% interval", "first token"), rows)
@@ -209,9 +217,18 @@ def _roofline_lines(report: Report) -> list[str]:
             "",
             "~ Estimate: the engine's layout of sparse weights is not public; nonzeros + 1 bit a weight.",
         ]
-    if any(limit.bandwidth_share > 1 for limit in limits):
-        lines += ["", "More than 100 % of the memory's rate: the caches hold a part of the weights."]
+    if beyond := [limit for limit in limits if limit.bandwidth_share > 1]:
+        lines += ["", _beyond_memory(environment, min(limit.weight_bytes for limit in beyond))]
     return lines
+
+
+def _beyond_memory(environment: Environment, weight_bytes: int) -> str:
+    if weight_bytes < CACHED * environment.caches.get("L3", 0):
+        return "More than 100 % of the memory's rate: the caches hold a part of the weights."
+    return (
+        "More than 100 % of the memory's rate, and far more weights than the caches hold: the memory was "
+        "slower when its rate was measured, or the estimate of the bytes is too high."
+    )
 
 
 def _roofline_table(report: Report) -> str:
@@ -266,6 +283,31 @@ def _checks_table(report: Report) -> str:
     return markdown_table(headings, rows)
 
 
+def _depth_lines(report: Report) -> list[str]:
+    checks = [(run, run.depth_check) for run in report.runs if run.depth_check]
+    if not checks:
+        return []
+    rows = [
+        [
+            run.name,
+            check.reference,
+            f"{check.depth} to {check.depth + check.positions - 1}",
+            _error(check.max_rel_error),
+            _error(check.mean_rel_error),
+            f"{check.limited.split('_')[0]} {check.limit:.1e}",
+            f"{check.greedy_match:.0%} of {check.positions}",
+        ]
+        for run, check in checks
+    ]
+    headings = ("run", "against", "positions", "max error", "mean error", "limit", "same arg max")
+    return [
+        "",
+        "In the processes that were timed, at the depth that was timed:",
+        "",
+        markdown_table(headings, rows),
+    ]
+
+
 def _error(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.1e}"
 
@@ -282,7 +324,7 @@ def environment_lines(environment: Environment) -> list[str]:
         "clock": f"{environment.clock_ghz:.2f} GHz" if environment.clock_ghz else "not reported",
         "virtual machine": "yes" if environment.hypervisor else "no",
         "memory": f"{environment.memory_bytes / 1e9:.1f} GB, "
-        f"read at {environment.memory_bandwidth_gbps:.1f} GB/s by the used cores",
+        f"read at {environment.memory_bandwidth_gbps:.1f} GB/s by the used cores{_spread(environment)}",
         "system": f"{environment.operating_system}, Linux {environment.kernel}",
         "versions": ", ".join(f"{name} {number}" for name, number in environment.versions.items()),
         "git revision": environment.git_revision or "not a checkout",
@@ -291,6 +333,15 @@ def environment_lines(environment: Environment) -> list[str]:
         versions = ", ".join(f"{name} {number}" for name, number in engine.versions.items())
         lines[engine.title] = " ".join((f"{versions}. Licence: {engine.licence}.", *engine.notes))
     return [f"- {name}: {value}" for name, value in lines.items()]
+
+
+def _spread(environment: Environment) -> str:
+    spread = environment.memory_bandwidth_spread
+    return "" if spread is None else f" (before and after the runs: {spread:.0%} apart)"
+
+
+def _ci95(comparison: Comparison | None) -> tuple[float | None, float | None]:
+    return comparison.ci95 if comparison and comparison.ci95 else (None, None)
 
 
 def _csv_row(report: Report, run: Run) -> dict[str, object]:
@@ -311,10 +362,17 @@ def _csv_row(report: Report, run: Run) -> dict[str, object]:
         "tpot_ms_p50": run.tpot_ms and run.tpot_ms.p50,
         "tpot_ms_p90": run.tpot_ms and run.tpot_ms.p90,
         "tpot_ms_p99": run.tpot_ms and run.tpot_ms.p99,
+        "drift": run.drift,
         "ttft_ms_p50": run.ttft_ms and run.ttft_ms.p50,
+        "ttft_ms_p90": run.ttft_ms and run.ttft_ms.p90,
+        "ttft_ms_p99": run.ttft_ms and run.ttft_ms.p99,
         "tokens_per_s": run.tokens_per_s,
         "speedup_over_dense_fp32": over_fp32 and over_fp32.speedup,
+        "dense_fp32_ci95_low": _ci95(over_fp32)[0],
+        "dense_fp32_ci95_high": _ci95(over_fp32)[1],
         "speedup_over_best_dense": over_best and over_best.speedup,
+        "best_dense_ci95_low": _ci95(over_best)[0],
+        "best_dense_ci95_high": _ci95(over_best)[1],
         "weight_bytes": run.weight_bytes,
         "bytes_per_token": run.roofline and run.roofline.weight_bytes + run.roofline.kv_bytes,
         "bytes_estimated": run.roofline and run.roofline.estimated,

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import UserError
 
-SCHEMA = 1
+SCHEMA: Literal[1] = 1
 SCHEMA_FILE = Path(__file__).resolve().parent / "schema" / "report.json"
 
 
@@ -47,6 +47,38 @@ class OutputAgreement(_Stored):
     graph_mean_rel_error: float | None = None
 
 
+class DepthAgreement(_Stored):
+    """Agreement at the depth that is timed: the logits after the prompt and after each of the next tokens of
+    the text, in the very process that is timed, against `reference` (torch in fp32, or the name of an
+    fp32 run of the same model). Errors as in OutputAgreement; the one that `limited` names was held to
+    `limit`.
+    """
+
+    reference: str
+    depth: int
+    positions: int
+    max_rel_error: float | None
+    mean_rel_error: float | None
+    greedy_match: float
+    limited: Literal["max_rel_error", "mean_rel_error"]
+    limit: float
+
+
+class NoiseRecord(_Stored):
+    """What disturbed timed generation, as shares of the time of the used cores, `core_s` seconds in all: what
+    a hypervisor took, what other processes used (below zero: the run worked outside of its cores), what
+    ran on the sibling threads of these cores, and what a cgroup's quota took. `beside_share` is how
+    busy the other cores of the machine were, which share its memory.
+    """
+
+    stolen_share: float
+    others_share: float
+    siblings_share: float = 0.0
+    beside_share: float = 0.0
+    throttled_share: float = 0.0
+    core_s: float = 0.0
+
+
 class Roofline(_Stored):
     """What decoding one token must move and compute at least, and how near the run came to the machine's
     roofs (Williams, Waterman & Patterson, 2009) at its median time per token.
@@ -54,8 +86,7 @@ class Roofline(_Stored):
     `weight_bytes` and `kv_bytes` are read per token, the cache at the mean depth of the timed tokens.
     `estimated`: the engine's layout of sparse weights is not public, so that `weight_bytes` is an estimate:
     nonzeros plus one bit per weight, or what is stored where that is less. `operations` are
-    multiplications and additions; `bound` is the roof that is nearer. A share above 1 means that the
-    caches delivered what the memory could not.
+    multiplications and additions; `bound` is the roof that is nearer.
     """
 
     weight_bytes: int
@@ -68,14 +99,23 @@ class Roofline(_Stored):
     compute_share: float | None
     bound: Literal["bandwidth", "compute"]
 
+    @property
+    def share(self) -> float:
+        """Of the roof that is nearer."""
+        return max(self.bandwidth_share, self.compute_share or 0.0)
+
 
 class Run(_Stored):
-    """One model in one engine. A run that is not "ok" has a reason, and no latencies.
+    """One model in one engine. A run that is not "ok" has a reason, and no latencies. One that is "ok" and
+    has a reason ended early: its latencies are those of the rounds that it finished.
 
-    `samples_ms` are the times of all tokens after the first, round after round, `samples_per_round` of
-    them each; `ttft_samples_ms` holds one time a round. `blocks` is how many decoder blocks the model had,
-    where it had not all of them. A run with `extrapolated_from` was not made: its samples are the medians of
-    the rounds of those two runs, carried on to all blocks.
+    The cache holds `filled_tokens` before the prompt, untimed. `tokens_sha256` is over the int64 ids of
+    the tokens that the first round generated; `same_tokens` says whether all rounds generated them.
+    `settled`: the time per token had settled when the warm-up ended. `samples_ms` are the times of all
+    tokens after the first, round after round, `samples_per_round` of them each; `ttft_samples_ms` holds
+    one time a round. `blocks` is how many decoder blocks the model had, where it had not all of them. A
+    run with `extrapolated_from` was not made: its samples are the medians of the rounds of those two
+    runs, carried on to all blocks.
     """
 
     name: str
@@ -89,6 +129,7 @@ class Run(_Stored):
     prompt_tokens: int
     new_tokens: int
     context: int
+    filled_tokens: int | None = None
     weight_bytes: int
     load_s: float | None = None
     ttft_ms: LatencyMs | None = None
@@ -98,6 +139,9 @@ class Run(_Stored):
     perplexity: float | None = None
     perplexity_stderr: float | None = None
     warm_ups: int = 0
+    settled: bool = True
+    tokens_sha256: str | None = None
+    same_tokens: bool = True
     drift: float | None = Field(default=None, description="largest relative deviation of a round's median")
     samples_per_round: int = 0
     samples_ms: tuple[float, ...] = ()
@@ -106,6 +150,8 @@ class Run(_Stored):
     extrapolated_from: tuple[str, ...] = ()
     roofline: Roofline | None = None
     output_check: OutputAgreement | None = None
+    depth_check: DepthAgreement | None = None
+    noise: NoiseRecord | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -116,22 +162,14 @@ class Run(_Stored):
 
 class Comparison(_Stored):
     """How many times faster `run` decodes than `baseline`: the median of the paired ratios of their
-    times per token, with a 95 % bootstrap interval; `ttft_speedup` is the ratio of the median times to
-    the first token."""
+    times per token, with the 95 % interval that the ratios of single rounds give (null for one round);
+    `ttft_speedup` is the ratio of the median times to the first token."""
 
     run: str
     baseline: str
     speedup: float
-    ci95: tuple[float, float]
+    ci95: tuple[float, float] | None
     ttft_speedup: float
-
-
-class NoiseRecord(_Stored):
-    """Shares of the used cores' time, during timed generation, that a hypervisor took and that other
-    processes used."""
-
-    stolen_share: float
-    others_share: float
 
 
 class EngineRecord(_Stored):
@@ -152,12 +190,16 @@ class Environment(_Stored):
     usable_cores: int
     cpu_quota: float | None
     cores_used: tuple[int, ...]
+    nodes_used: tuple[int, ...] = Field(default=(), description="NUMA nodes of the used cores")
     caches: dict[str, int]
     governor: str | None
     hypervisor: bool
     memory_bytes: int
     clock_ghz: float | None = None
     memory_bandwidth_gbps: float = Field(description="read bandwidth of the used cores, 1e9 bytes a second")
+    memory_bandwidth_spread: float | None = Field(
+        default=None, description="by how much it differed before and after the runs, relative to the larger"
+    )
     peak_fp32_gops: float | None = Field(
         default=None,
         description="best rate of fp32 matrix products on the used cores, 1e9 operations a second",
@@ -182,7 +224,7 @@ class Evaluated(_Stored):
 class Report(_Stored):
     """One bench of one artifact."""
 
-    schema_version: int = Field(default=SCHEMA, alias="schema")
+    schema_version: Literal[1] = Field(alias="schema")
     created: str
     dlp_deploy: str
     artifact: str
@@ -208,10 +250,9 @@ class Report(_Stored):
 
     @property
     def dense_fp32(self) -> str | None:
-        """The baseline of the paper's comparison, if it was timed."""
-        return next(
-            (run.name for run in self.runs if run.dense and run.tpot_ms and run.precision == "fp32"), None
-        )
+        """The baseline of the paper's comparison, if it was timed: ONNX Runtime's where there are others."""
+        found = [run for run in self.runs if run.dense and run.tpot_ms and run.precision == "fp32"]
+        return min(found, key=lambda run: run.engine != "onnxruntime").name if found else None
 
     @property
     def best_dense(self) -> str | None:
@@ -232,12 +273,25 @@ def read_report(path: Path) -> Report:
         raise UserError(
             f"{path} cannot be read ({error.strerror}); give the report.json of a bench"
         ) from None
+    _require_known_schema(path, text)
     try:
         return Report.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
         raise UserError(f"{path} is no bench report: {field or 'JSON'}: {first['msg']}") from None
+
+
+def _require_known_schema(path: Path, text: str) -> None:
+    try:
+        stored = json.loads(text)
+    except ValueError:
+        return
+    if isinstance(stored, dict) and stored.get("schema", SCHEMA) != SCHEMA:
+        raise UserError(
+            f"{path} is a report of schema {stored['schema']}, and this dlp-deploy reads {SCHEMA}; read it "
+            "with the dlp-deploy that wrote it, or measure again"
+        )
 
 
 def json_schema() -> str:

@@ -15,7 +15,7 @@ from onnx import helper
 
 from ..families import Outline
 from ..gguf_header import read_header
-from .measure import Outcome, Workload
+from .outcome import Outcome, Workload
 from .report import Environment, Roofline
 
 PRODUCTS = ("MatMul", "MatMulInteger", "MatMulNBits")
@@ -106,8 +106,8 @@ def roofline(
     traffic: Traffic, workload: Workload, precision: str, tpot_ms: float, environment: Environment
 ) -> Roofline:
     """The share of the roofs that `tpot_ms` per token comes to."""
-    # Tokens after the first are decoded at the last new_tokens - 1 depths of the context.
-    depth = workload.context - workload.new_tokens / 2
+    # Tokens after the first are decoded behind the prompt and all tokens before them.
+    depth = len(workload.ids) + workload.new_tokens / 2
     return under_roofs(
         traffic.weight_bytes,
         depth * traffic.position_bytes,

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..artifact import CHECKPOINT, Manifest, check_files, newest_artifact, read_manifest
+from ..blocks import logits_of
 from ..calibration import TokenWindows, evaluation_windows
 from ..errors import UserError
 from ..families import Outline
@@ -20,16 +22,19 @@ from ..outline import outline_of
 from ..progress import say
 from ..storage import refuse_existing, write_text
 from . import REPORT
-from .assemble import compare_runs, describe_environment, noise_record, run_record, warnings
-from .machine import busy_share, choose_cores, require_avx2
-from .measure import Noise, Outcome, Workload, check_lengths, measure, measure_perplexity
+from .assemble import Roofs, compare_runs, describe_environment, measure_roofs, run_record
+from .caution import warnings
+from .machine import available_memory, busy_share, choose_cores, require_avx2
+from .measure import measure, measure_perplexity, total_noise
+from .outcome import Outcome, Workload, check_lengths, text_lengths
 from .plan import Candidate, plan_runs
 from .plot import overview, roofline_figure, save
 from .present import to_csv, to_markdown
-from .report import Evaluated, Report, to_json
+from .report import SCHEMA, Evaluated, Report, to_json
 
 # Other work on the cores beyond this is worth a word before minutes are spent.
 BUSY = 0.1
+FLOAT_BYTES = 4
 _PATHS = ("artifact", "output", "force")
 
 
@@ -48,12 +53,16 @@ class Request:
     eval_data: str
     eval_windows: int
     eval_tokens: int
+    time_limit: float
     output: Path | None
     force: bool
 
 
 def run_bench(request: Request) -> Report:
-    """Check the request, measure, and write the report. Raises UserError before anything is measured."""
+    """Check the request, measure, and write the report. Raises UserError before anything is measured.
+
+    What stops it later, Ctrl-C too, is raised when the report of what was finished by then is written.
+    """
     artifact = request.artifact or newest_artifact()
     manifest = read_manifest(artifact)
     output = request.output or artifact.parent / f"{artifact.name}.bench" / REPORT
@@ -68,12 +77,33 @@ def run_bench(request: Request) -> Report:
     say(f"Measuring {', '.join(candidate.name for candidate in candidates)}")
     if (busy := busy_share(cores)) > BUSY:
         say(f"The cores to be measured on are already {busy:.0%} busy: figures will be less certain")
-    outcomes, noise, together = measure(candidates, workload)
-    if windows is not None:
-        measure_perplexity(outcomes, windows.ids.numpy(), cores)
-    report = _report(request, artifact, manifest, decoder, workload, windows, outcomes, noise, together)
+    bench = _Bench(request, artifact.name, manifest.source.name, decoder, workload, windows)
+    outcomes, roofs = [Outcome(candidate) for candidate in candidates], measure_roofs(cores)
+    try:
+        workload = bench.workload = _with_torch(workload, files, decoder, candidates)
+        bench.all_loaded = measure(outcomes, workload)
+        if windows is not None:
+            measure_perplexity(outcomes, windows.ids.numpy(), workload)
+    except BaseException as error:
+        _keep_finished(bench, outcomes, roofs, output, error)
+        raise
+    report = bench.report(outcomes, roofs)
     write_report(report, output)
     return report
+
+
+def _keep_finished(
+    bench: _Bench, outcomes: Sequence[Outcome], roofs: Roofs, output: Path, error: BaseException
+) -> None:
+    """Write the report of the rounds that were finished, if there are any."""
+    if not any(outcome.generations for outcome in outcomes):
+        return
+    why = "Ctrl-C" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
+    for outcome in outcomes:
+        if not outcome.ended and len(outcome.generations) < bench.workload.repeats:
+            outcome.fail(f"stopped by {why}")
+    say(f"Stopped by {why}; writing the report of what is finished")
+    write_report(bench.report(outcomes, roofs, stopped=why), output)
 
 
 def write_report(report: Report, path: Path) -> None:
@@ -102,15 +132,22 @@ def _workload(
     """The tokens to time on, and those for the perplexity; both are real text."""
     context = request.context or request.prompt_tokens + request.new_tokens
     check_lengths(request.prompt_tokens, request.new_tokens, request.repeats, context, decoder.max_positions)
+    if request.time_limit <= 0:
+        raise UserError(f"--time-limit {request.time_limit:g}: give seconds, more than none")
     tokenizer = load_tokenizer(files)
-    text = evaluation_windows(request.eval_data, tokenizer, 1, context - request.new_tokens)
+    length, after = text_lengths(request.prompt_tokens, request.new_tokens, context)
+    text = np.ascontiguousarray(
+        evaluation_windows(request.eval_data, tokenizer, 1, length + after).ids[0].numpy()
+    )
     workload = Workload(
         cores=cores,
-        ids=np.ascontiguousarray(text.ids[0].numpy()),
+        ids=text[:length],
         prompt_tokens=request.prompt_tokens,
         new_tokens=request.new_tokens,
         context=context,
         repeats=request.repeats,
+        following=text[length:],
+        time_limit_s=request.time_limit,
     )
     if not request.eval_windows:
         return workload, None
@@ -118,34 +155,52 @@ def _workload(
     return workload, evaluation_windows(request.eval_data, tokenizer, request.eval_windows, length)
 
 
-def _report(
-    request: Request,
-    artifact: Path,
-    manifest: Manifest,
-    decoder: Outline,
-    workload: Workload,
-    windows: TokenWindows | None,
-    outcomes: Sequence[Outcome],
-    noise: Noise,
-    together: bool,
-) -> Report:
-    environment = describe_environment(workload.cores, outcomes)
-    runs = tuple(run_record(outcome, workload, decoder, environment) for outcome in outcomes)
-    recorded = noise_record(noise)
-    return Report(
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        dlp_deploy=version("dlp-deploy"),
-        artifact=artifact.name,
-        model=manifest.source.name,
-        command=_command(request, workload),
-        environment=environment,
-        evaluation=_evaluated(request, windows),
-        all_loaded=together,
-        runs=runs,
-        comparisons=compare_runs(runs),
-        noise=recorded,
-        warnings=warnings(runs, recorded),
-    )
+def _with_torch(
+    workload: Workload, files: ModelFiles, decoder: Outline, candidates: Sequence[Candidate]
+) -> Workload:
+    """The workload with what torch says of the pruned model at the timed depth, if there is room for it."""
+    ids = np.concatenate([workload.ids, workload.following])
+    logits_bytes = FLOAT_BYTES * len(ids) * decoder.vocabulary
+    if all(candidate.dense for candidate in candidates) or logits_bytes > available_memory() / 4:
+        return workload
+    say("Asking torch for the logits at the timed depth")
+    (logits,) = logits_of(files, torch.from_numpy(ids)[None])
+    return replace(workload, torch_at_depth=logits[len(workload.ids) - 1 :].numpy())
+
+
+@dataclass
+class _Bench:
+    """What a report says besides what was measured."""
+
+    request: Request
+    artifact: str
+    model: str
+    decoder: Outline
+    workload: Workload
+    windows: TokenWindows | None
+    all_loaded: bool = False
+
+    def report(self, outcomes: Sequence[Outcome], roofs: Roofs, stopped: str = "") -> Report:
+        """The report of `outcomes`; `stopped` says what ended the bench early."""
+        environment = describe_environment(roofs, outcomes, again=not stopped)
+        runs = tuple(run_record(outcome, self.workload, self.decoder, environment) for outcome in outcomes)
+        noise = total_noise(outcomes).record()
+        early = (f"the bench was stopped by {stopped}: what it had not finished is missing",)
+        return Report(
+            schema=SCHEMA,
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            dlp_deploy=version("dlp-deploy"),
+            artifact=self.artifact,
+            model=self.model,
+            command=_command(self.request, self.workload),
+            environment=environment,
+            evaluation=_evaluated(self.request, self.windows),
+            all_loaded=self.all_loaded,
+            runs=runs,
+            comparisons=compare_runs(runs),
+            noise=noise,
+            warnings=(*(early if stopped else ()), *warnings(runs, noise, environment)),
+        )
 
 
 def _command(request: Request, workload: Workload) -> dict[str, Any]:

@@ -21,15 +21,18 @@ from ..export.verify import VerificationError, graph_logits
 from ..families import decoder_of
 from ..progress import say
 from ..storage import naming_full_disk
-from .assemble import compare_runs, describe_environment, noise_record, run_record, warnings
+from .assemble import compare_runs, describe_environment, measure_roofs, run_record
+from .caution import warnings
 from .engines import engine_named
 from .extrapolate import extrapolate
 from .machine import describe_machine
-from .measure import Outcome, measure
+from .measure import measure, total_noise
+from .outcome import Outcome
 from .plan import Candidate
+from .points import SCHEMA as POINT_SCHEMA
 from .points import Point, append_point, latest, read_points
 from .random_model import FAST_BLOCK, RandomModel
-from .report import Environment, Report, Run
+from .report import SCHEMA, Environment, Report, Run
 from .shapes import shape_config
 from .sweep_plan import (
     PlannedModel,
@@ -186,6 +189,7 @@ class _Graphs:
             model=written.model,
             reference=folder,
             weight_bytes=written.weight_bytes,
+            weights=f"{count} blocks, {model.sparsity:g} sparse",
             notes=written.notes,
         )
 
@@ -215,8 +219,10 @@ def _measure_point(plan: SweepPlan, graphs: _Graphs, quant: Precision, sparsity:
     dense, sparse = plan.baseline_models(), plan.sparse_model(quant, sparsity)
     baselines = [candidate for model in dense for candidate in graphs.candidates(model)]
     own = graphs.candidates(sparse)
-    outcomes, noise, together = measure([*baselines, *own], plan.workload)
-    environment = describe_environment(plan.workload.cores, outcomes)
+    roofs = measure_roofs(plan.workload.cores)
+    outcomes = [Outcome(candidate) for candidate in (*baselines, *own)]
+    together = measure(outcomes, plan.workload)
+    environment = describe_environment(roofs, outcomes)
     measured = [
         _measured_run(plan, model, count, outcome, environment)
         for (model, count), outcome in zip(
@@ -225,8 +231,9 @@ def _measure_point(plan: SweepPlan, graphs: _Graphs, quant: Precision, sparsity:
     ]
     graphs.drop(own)
     runs = tuple(_whole_run(plan, model, measured, environment) for model in (*dense, sparse))
-    recorded = noise_record(noise)
+    noise = total_noise(outcomes).record()
     report = Report(
+        schema=SCHEMA,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         dlp_deploy=version("dlp-deploy"),
         artifact=f"{Path(plan.shape).name}, {quant}, sparsity {sparsity:g}, random weights",
@@ -237,11 +244,12 @@ def _measure_point(plan: SweepPlan, graphs: _Graphs, quant: Precision, sparsity:
         all_loaded=together,
         runs=runs,
         comparisons=compare_runs(runs),
-        noise=recorded,
-        warnings=warnings(runs, recorded),
+        noise=noise,
+        warnings=warnings(runs, noise, environment),
     )
     limited = tuple(run for run in measured if run.blocks is not None)
     return Point(
+        schema=POINT_SCHEMA,
         shape=plan.shape,
         quant=quant,
         sparsity=sparsity,

@@ -15,7 +15,7 @@ from ..families import decoder_of
 from .engines import engine_named, has_room
 from .environments import interpreter
 from .machine import available_memory, choose_cores, require_avx2
-from .measure import Workload, check_lengths
+from .outcome import Workload, check_lengths, text_lengths
 from .random_model import RandomModel, graph_bytes
 from .shapes import shape_config
 
@@ -174,5 +174,14 @@ def random_workload(
     decoder = decoder_of(shape_config(shape))
     positions = context or prompt_tokens + new_tokens
     check_lengths(prompt_tokens, new_tokens, repeats, positions, decoder.max_positions)
-    ids = np.random.default_rng(seed).integers(0, decoder.vocabulary, positions - new_tokens)
-    return Workload(choose_cores(cores), ids, prompt_tokens, new_tokens, positions, repeats)
+    length, after = text_lengths(prompt_tokens, new_tokens, positions)
+    ids = np.random.default_rng(seed).integers(0, decoder.vocabulary, length + after)
+    return Workload(
+        cores=choose_cores(cores),
+        ids=ids[:length],
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        context=positions,
+        repeats=repeats,
+        following=ids[length:],
+    )

@@ -15,8 +15,8 @@ from ..progress import say
 from ..storage import write_text
 from .plot import INK, new_figure, save
 from .points import Point
-from .present import environment_lines, markdown_table
-from .report import Comparison, Run
+from .present import environment_lines, interval, markdown_table
+from .report import Comparison, Report, Run
 
 COLORS = {"fp32": "#1d6fa5", "int8": "#2a8c82", "int4": "#e08e45"}
 
@@ -44,11 +44,11 @@ def to_markdown(points: Sequence[Point]) -> str:
     blocks = [
         f"# Speed by sparsity: {_title(first)}",
         "Random weights of the real shape, magnitude-pruned to each sparsity; the operators of an exported "
-        "model. Speed-ups: medians of paired ratios from interleaved rounds, with 95% bootstrap intervals.",
+        "model. Speed-ups: medians of paired ratios from interleaved rounds, with 95% intervals over rounds.",
         markdown_table([*headings, "of the nearer roof"], rows),
         _extrapolation_note(points),
         "## Dense baselines\n\n" + _dense_table(points),
-        "## Warnings\n\n" + "\n".join(_warnings(points) or ["none"]),
+        "## Warnings\n\n" + "\n".join([*_mixed_versions(points), *_warnings(points)] or ["none"]),
         "## Machine\n\n" + "\n".join(environment_lines(first.report.environment)),
     ]
     return "\n\n".join(block for block in blocks if block) + "\n"
@@ -106,7 +106,7 @@ def _draw_speedup(axes: Axes, points: Sequence[Point]) -> None:
         compared = [
             (point, found) for point in series if (found := _over(point, point.sparse.name, baseline))
         ]
-        values = np.array([(c.ci95[0], c.speedup, c.ci95[1]) for _, c in compared]).reshape(-1, 3)
+        values = np.array([_with_interval(c) for _, c in compared]).reshape(-1, 3)
         _error_bars(
             axes, [point for point, _ in compared], values, quant, f"{points[0].sparse.engine} {quant}"
         )
@@ -116,6 +116,12 @@ def _draw_speedup(axes: Axes, points: Sequence[Point]) -> None:
             axes.axhline(
                 float(np.median(ratios)), color=_color(name), linestyle="--", linewidth=1.1, label=name
             )
+
+
+def _with_interval(comparison: Comparison) -> tuple[float, float, float]:
+    """Low, middle and high; without an interval they are one."""
+    low, high = comparison.ci95 or (comparison.speedup, comparison.speedup)
+    return low, comparison.speedup, high
 
 
 def _error_bars(axes: Axes, points: Sequence[Point], values: np.ndarray, quant: str, label: str) -> None:
@@ -166,15 +172,14 @@ def _row(point: Point, baselines: Sequence[str]) -> list[str]:
     if run.tpot_ms is None or run.tokens_per_s is None:
         return [*cells, run.status, "-", *("-" for _ in baselines), "-"]
     compared = (_over(point, run.name, name) for name in baselines)
-    ratios = [f"{c.speedup:.2f}x ({c.ci95[0]:.2f} to {c.ci95[1]:.2f})" if c else "-" for c in compared]
+    ratios = [f"{c.speedup:.2f}x ({interval(c)})" if c else "-" for c in compared]
     return [*cells, f"{run.tpot_ms.p50:.2f}", f"{run.tokens_per_s:.1f}", *ratios, _share(run)]
 
 
 def _share(run: Run) -> str:
     if run.roofline is None:
         return "-"
-    share = max(run.roofline.bandwidth_share, run.roofline.compute_share or 0)
-    return f"{'~' if run.roofline.estimated else ''}{share:.0%} of {run.roofline.bound}"
+    return f"{'~' if run.roofline.estimated else ''}{run.roofline.share:.0%} of {run.roofline.bound}"
 
 
 def _dense_table(points: Sequence[Point]) -> str:
@@ -200,6 +205,24 @@ def _extrapolation_note(points: Sequence[Point]) -> str:
         "time = fixed part + blocks x time per block. Where so few blocks fit into the caches and the whole "
         "model does not, this is too fast."
     )
+
+
+def _mixed_versions(points: Sequence[Point]) -> Iterator[str]:
+    """What was not the same when all points were measured: a sweep may have been carried on much later."""
+    stated = [_versions(point.report) for point in points]
+    for name in dict.fromkeys(name for versions in stated for name in versions):
+        values = dict.fromkeys(versions[name] for versions in stated if name in versions)
+        if len(values) > 1:
+            yield f"- points differ in {name}: {', '.join(values)}; --force measures all again"
+
+
+def _versions(report: Report) -> dict[str, str]:
+    environment = report.environment
+    versions = {"dlp-deploy": report.dlp_deploy, "git revision": environment.git_revision or "none"}
+    versions |= {"python": environment.versions.get("python", "none"), "kernel": environment.kernel}
+    for engine in environment.engines.values():
+        versions |= {f"{name} of {engine.title}": number for name, number in engine.versions.items()}
+    return versions
 
 
 def _warnings(points: Sequence[Point]) -> list[str]:
@@ -229,8 +252,8 @@ def _csv_rows(points: Sequence[Point]) -> Iterator[dict[str, object]]:
                 "baseline_extrapolated": bool(dense and dense.extrapolated_from),
                 "baseline_tpot_ms_p50": dense and dense.tpot_ms and dense.tpot_ms.p50,
                 "speedup": compared and compared.speedup,
-                "ci95_low": compared and compared.ci95[0],
-                "ci95_high": compared and compared.ci95[1],
+                "ci95_low": compared and compared.ci95 and compared.ci95[0],
+                "ci95_high": compared and compared.ci95 and compared.ci95[1],
                 "bandwidth_share": run.roofline and run.roofline.bandwidth_share,
                 "compute_share": run.roofline and run.roofline.compute_share,
             }

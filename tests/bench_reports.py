@@ -51,6 +51,7 @@ def report(samples: Mapping[str, np.ndarray], gigabytes: float = 0.1, **changes:
     facts = environment(**changes)
     runs = tuple(_run(name, times, gigabytes, facts) for name, times in samples.items())
     return Report(
+        schema=1,
         created="2026-01-01T00:00:00+00:00",
         dlp_deploy="0.1.0",
         artifact="tiny-s70",

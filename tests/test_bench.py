@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from dlp_deploy.artifact import list_files, read_manifest, write_manifest
-from dlp_deploy.bench import bench, measure
+from dlp_deploy.bench import bench, pool
 from dlp_deploy.bench.engines import engine_named, has_room
 from dlp_deploy.bench.environments import install
 from dlp_deploy.bench.present import print_report, to_csv, to_markdown
@@ -220,7 +220,7 @@ def test_a_run_that_fails_ends_alone(copy: Path, tmp_path: Path) -> None:
 def test_with_little_memory_the_models_are_loaded_in_turn(
     artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measure, "available_memory", lambda: 1 << 20)
+    monkeypatch.setattr(pool, "available_memory", lambda: 1 << 20)
     report = bench(artifact, engine="onnxruntime", baseline="fp32", output=tmp_path / "r.json", **QUICK)
     assert not report.all_loaded
     assert [run.status for run in report.runs] == ["ok"] * 3
@@ -231,7 +231,7 @@ def test_weights_that_memory_does_not_hold_are_not_loaded(
     artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = {export.precision: export.weight_bytes for export in read_manifest(artifact).exports}
-    monkeypatch.setattr(measure, "available_memory", lambda: sizes["fp32"] - 1)
+    monkeypatch.setattr(pool, "available_memory", lambda: sizes["fp32"] - 1)
     report = bench(artifact, engine="onnxruntime", baseline="int8", output=tmp_path / "r.json", **QUICK)
     assert {run.name: run.status for run in report.runs} == {
         "onnxruntime-fp32-s70": "failed",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from dlp_deploy.bench.compare import compare, compare_reports, to_markdown
-from dlp_deploy.bench.report import to_json
+from dlp_deploy.bench.report import OutputAgreement, Report, to_json
 from dlp_deploy.cli import main
 
 from .bench_reports import DENSE, SPARSE, report
@@ -26,7 +27,8 @@ def test_the_same_machine_measured_twice_is_within_noise() -> None:
     after = report({DENSE: noisy(40, 3), SPARSE: noisy(10, 4)})
     changes = compare_reports(before, after)
     assert changes.facts == changes.runs == ()
-    assert [change.verdict for change in (*changes.latencies, *changes.speedups)] == ["within noise"] * 3
+    found = (*changes.latencies, *changes.first_tokens, *changes.speedups)
+    assert [change.verdict for change in found] == ["within noise"] * 5
 
 
 def test_a_change_is_found_with_its_size_and_its_direction() -> None:
@@ -36,7 +38,9 @@ def test_a_change_is_found_with_its_size_and_its_direction() -> None:
     dense, sparse = changes.latencies
     assert dense.verdict == "within noise"
     assert sparse.verdict == "lower"
-    assert sparse.ratio.low < 0.8 < sparse.ratio.high
+    assert sparse.ratio.interval is not None
+    assert sparse.ratio.interval[0] < 0.8 < sparse.ratio.interval[1]
+    assert [change.verdict for change in changes.first_tokens] == ["within noise", "lower"]
     (speedup,) = changes.speedups
     assert speedup.name == f"{SPARSE} over {DENSE}"
     assert speedup.verdict == "higher"
@@ -46,6 +50,52 @@ def test_a_change_is_found_with_its_size_and_its_direction() -> None:
     text = to_markdown(changes)
     assert "| environment.kernel | 6 | 7 |" in text
     assert "higher |" in text
+
+
+def test_memory_size_quality_and_errors_are_set_side_by_side() -> None:
+    quality = {"perplexity": 20.0, "perplexity_stderr": 1.0, "peak_rss_bytes": 500_000_000}
+    check = OutputAgreement(
+        max_rel_error=0.02,
+        mean_rel_error=0.01,
+        greedy_match=1,
+        positions=33,
+        limited="mean_rel_error",
+        limit=0.02,
+    )
+    before = with_fields(report({SPARSE: noisy(10, 1)}), output_check=check, **quality)
+    worse = check.model_copy(update={"max_rel_error": 0.03})
+    changed = {"perplexity": 22.0, "peak_rss_bytes": 600_000_000, "weight_bytes": 90_000_000}
+    after = with_fields(before, output_check=worse, **changed)
+    assert {
+        figure.name.partition(": ")[2]: figure.verdict for figure in compare_reports(before, after).figures
+    } == {
+        "peak memory, MB": "higher",
+        "weights, MB": "lower",
+        "max output error": "higher",
+        "mean output error": "the same",
+        "perplexity": "within its error",
+    }
+    (perplexity,) = compare_reports(before, with_fields(after, perplexity=24.0)).figures[-1:]
+    assert perplexity.verdict == "higher"
+    assert perplexity.error == pytest.approx(2**0.5)
+    assert f"| {SPARSE}: perplexity | 20 | 22 | +10.0% | 1.4 | within its error |" in to_markdown(
+        compare_reports(before, after)
+    )
+
+
+def test_one_round_has_no_verdict_and_rates_of_the_machine_are_no_facts() -> None:
+    before = report({DENSE: noisy(40, 1)[:1], SPARSE: noisy(10, 2)[:1]})
+    after = report({DENSE: noisy(40, 3), SPARSE: noisy(8, 4)}, memory_bandwidth_gbps=9.5, peak_int8_gops=1.0)
+    changes = compare_reports(before, after)
+    assert changes.facts == ()
+    assert {change.verdict for change in (*changes.latencies, *changes.speedups)} == {"unknown: one round"}
+    assert "| - | unknown: one round |" in to_markdown(changes)
+
+
+def with_fields(stored: Report, **changes: Any) -> Report:
+    """The report with other fields in its only run."""
+    (run,) = stored.runs
+    return stored.model_copy(update={"runs": (run.model_copy(update=changes),)})
 
 
 def test_runs_of_only_one_report_are_named() -> None:

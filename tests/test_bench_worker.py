@@ -53,13 +53,24 @@ class Session:
             time.sleep(600)
         if model.endswith("call-home"):
             socket.create_connection(("127.0.0.1", 9))
+        if "dies-after" in model:
+            self.left = int(model.rsplit("-", 1)[1])
+        if model.endswith("nan"):
+            self.broken = True
         if model.endswith("fail"):
             raise ValueError("no such\\nmodel")
         self.context = context
         self.restart()
 
+    left = None
+    broken = False
+
     def restart(self):
         self.seen = []
+        if self.left is not None:
+            self.left -= 1
+            if self.left < 0:
+                os.abort()
 
     def extend(self, ids):
         assert ids.dtype == np.int64
@@ -73,7 +84,10 @@ class Session:
 
     def row(self, seen):
         random = np.random.default_rng(seen)
-        return random.normal(size=VOCABULARY).astype(np.float32)
+        scores = random.normal(size=VOCABULARY).astype(np.float32)
+        if self.broken and len(seen) > 12:
+            scores[3] = np.nan
+        return scores
 """
 
 
@@ -120,6 +134,22 @@ def test_greedy_decoding_fills_the_cache_before_the_prompt(worker: EngineWorker)
     assert len(generation.tokens) == 6
     assert len(generation.samples_ms) == 5
     assert generation.ttft_ms > 0
+
+
+def test_logits_that_are_no_numbers_are_noticed(worker: EngineWorker) -> None:
+    assert worker.generate(np.arange(9), 6).finite
+    worker.load(Path("nan"), context=40, prompt=4)
+    assert worker.generate(np.arange(9), 4).finite
+    assert not worker.generate(np.arange(9), 6).finite
+
+
+def test_given_tokens_are_followed_as_if_they_were_chosen(worker: EngineWorker) -> None:
+    ids = np.arange(9)
+    tokens = worker.generate(ids, 4).tokens
+    logits = worker.follow(ids, np.array(tokens[:3]))
+    assert tuple(logits.argmax(-1)) == tokens
+    other = worker.follow(ids, np.array([5, 5]))
+    np.testing.assert_array_equal(other, [row([*range(9), *[5] * more]) for more in range(3)])
 
 
 def test_each_generation_starts_from_an_empty_cache(worker: EngineWorker) -> None:
@@ -184,11 +214,12 @@ def test_an_abort_leaves_no_temporary_files(
 
 
 def test_a_worker_that_hangs_is_ended(engine: Engine, core: int) -> None:
-    with EngineWorker.spawn(engine, [core], time_limit_s=20) as worker:
-        worker._connection.settimeout(0.5)
-        with pytest.raises(WorkerError, match=r"no answer for 0.5 s and was ended"):
-            worker.load(Path("hang"), context=40, prompt=4)
-        worker._process.wait(timeout=20)
+    with (
+        EngineWorker.spawn(engine, [core], time_limit_s=10) as worker,
+        pytest.raises(WorkerError, match=r"no answer for 10 s and was ended; its last words: working on it"),
+    ):
+        worker.load(Path("hang"), context=40, prompt=4)
+    assert not Path(f"/proc/{worker.pid}").exists()
 
 
 def test_a_worker_has_no_network(engine: Engine, core: int) -> None:

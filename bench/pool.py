@@ -1,0 +1,92 @@
+"""Loaded workers of a measurement."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+from ..progress import say
+from .engines import has_room
+from .machine import available_memory
+from .outcome import Outcome, Workload
+from .statistics import is_stable
+from .worker import EngineWorker, WorkerError
+
+WARM_UPS = 8
+
+
+class Pool:
+    """Loaded workers. Where memory does not hold all, those not used for longest make room for the next."""
+
+    def __init__(self, workload: Workload) -> None:
+        self.workload, self.holds_all = workload, True
+        # The least recently used comes first.
+        self._workers: dict[str, EngineWorker] = {}
+        self._warm: set[str] = set()
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for name in list(self._workers):
+            self.drop(name)
+
+    @contextmanager
+    def worker(self, outcome: Outcome) -> Iterator[EngineWorker]:
+        """The loaded worker of a run."""
+        name = outcome.candidate.name
+        if (worker := self._workers.pop(name, None)) is None:
+            self._make_room(outcome)
+            worker = load(outcome, self.workload, self.workload.cached_tokens)
+        self._workers[name] = worker
+        try:
+            yield worker
+        except BaseException:
+            self.drop(name)
+            raise
+
+    def _make_room(self, outcome: Outcome) -> None:
+        candidate = outcome.candidate
+        # Judged by what loaded engines really take, which is far less than they took while loading.
+        for name in list(self._workers):
+            if has_room(candidate.engine, candidate.weight_bytes, available_memory()):
+                return
+            if self.holds_all:
+                say("Memory does not hold all models at once: they are loaded in turn in every round")
+            self.holds_all = False
+            self.drop(name)
+        if candidate.weight_bytes > (free := available_memory()):
+            needed, there = candidate.weight_bytes / 1e9, free / 1e9
+            raise WorkerError(f"memory does not hold its {needed:.1f} GB of weights: {there:.1f} GB are free")
+
+    def drop(self, name: str) -> None:
+        self._warm.discard(name)
+        if worker := self._workers.pop(name, None):
+            worker.close()
+
+    def warm_up(self, outcome: Outcome, worker: EngineWorker) -> None:
+        """Generate untimed until the time per token has settled."""
+        if outcome.candidate.name in self._warm:
+            return
+        medians: list[float] = []
+        while not is_stable(medians) and len(medians) < WARM_UPS:
+            generation = worker.generate(self.workload.ids, self.workload.new_tokens)
+            medians.append(float(np.median(generation.samples_ms)))
+        outcome.warm_ups = max(outcome.warm_ups, len(medians))
+        outcome.settled = outcome.settled and is_stable(medians)
+        self._warm.add(outcome.candidate.name)
+
+
+def load(outcome: Outcome, workload: Workload, context: int) -> EngineWorker:
+    """A worker that has loaded the model of a run, with room for `context` tokens."""
+    candidate = outcome.candidate
+    worker = EngineWorker.spawn(candidate.engine, workload.cores, workload.time_limit_s)
+    try:
+        outcome.load_s = worker.load(candidate.model, context, workload.prompt_tokens, workload.filled_tokens)
+    except BaseException:
+        worker.close()
+        raise
+    outcome.versions = worker.versions
+    return worker

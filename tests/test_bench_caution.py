@@ -1,0 +1,173 @@
+"""What is warned of, and that the noise which it rests on is seen when there is some."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dlp_deploy.bench.caution import warnings
+from dlp_deploy.bench.machine import choose_cores
+from dlp_deploy.bench.noise import Noise, Watch
+from dlp_deploy.bench.report import NoiseRecord, Report
+
+from .bench_reports import DENSE, SPARSE, environment, report
+
+QUIET: dict[str, Any] = {"stolen_share": 0.0, "others_share": 0.0, "core_s": 10.0}
+STEADY = np.full((5, 8), 10.0)
+ALL_DENSE = {DENSE: STEADY, "onnxruntime-int8-dense": STEADY, "onnxruntime-int4-dense": STEADY}
+
+
+def whole() -> Report:
+    return report(ALL_DENSE | {SPARSE: STEADY})
+
+
+def warned(stored: Report, noise: dict[str, float] | None = None, **facts: Any) -> tuple[str, ...]:
+    record = NoiseRecord(**QUIET | (noise or {}))
+    return warnings(stored.runs, record, environment(**facts))
+
+
+def changed(stored: Report, name: str = SPARSE, **changes: Any) -> Report:
+    runs = [run.model_copy(update=changes) if run.name == name else run for run in stored.runs]
+    return stored.model_copy(update={"runs": tuple(runs)})
+
+
+def test_a_quiet_whole_bench_is_warned_of_nothing() -> None:
+    assert warned(whole()) == ()
+
+
+@pytest.mark.parametrize(
+    ("noise", "message"),
+    [
+        ({"stolen_share": 0.02}, "the hypervisor took 2.0% of the time"),
+        ({"others_share": 0.07}, "other processes used 7% of the time"),
+        ({"siblings_share": 0.3}, "other hardware threads of these cores were busy for 30%"),
+        ({"beside_share": 0.5}, "the machine's other cores were 50% busy"),
+        ({"throttled_share": 0.04}, "quota held threads back for 4.0%"),
+    ],
+)
+def test_each_kind_of_noise_is_named(noise: dict[str, float], message: str) -> None:
+    (warning,) = warned(whole(), noise)
+    assert message in warning
+    # A few ticks of the clock are no evidence, however large their share of a very short run.
+    assert warned(whole(), noise | {"core_s": 0.05}) == ()
+    (limit,) = noise.values()
+    assert warned(whole(), dict.fromkeys(noise, limit / 50)) == ()
+
+
+def test_a_burst_in_one_run_is_named() -> None:
+    stored = changed(whole(), noise=NoiseRecord(**QUIET | {"others_share": 0.2}))
+    (warning,) = warned(stored, {"others_share": 0.04})
+    assert f"({SPARSE} 20%)" in warning
+
+
+def test_threads_outside_of_their_cores_are_named() -> None:
+    stored = changed(whole(), noise=NoiseRecord(**QUIET | {"others_share": -0.9}))
+    (warning,) = warned(stored)
+    assert warning.startswith(f"{SPARSE} used 90% more processor time than its cores gave")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"settled": False, "warm_ups": 8}, "had not settled after 8 warm-ups"),
+        ({"same_tokens": False}, "generated different tokens"),
+        ({"drift": 0.3}, "varied by 30% from round to round"),
+        ({"reason": "round 4 of 5: died"}, "ended early, and has only the rounds before: round 4 of 5: died"),
+        ({"status": "wrong output", "reason": "nan", "tpot_ms": None}, r"is not timed (wrong output): nan"),
+    ],
+)
+def test_doubts_about_a_run_name_it(changes: dict[str, Any], message: str) -> None:
+    (warning,) = warned(changed(whole(), **changes))
+    assert warning.startswith(SPARSE)
+    assert message in warning
+
+
+@pytest.mark.parametrize(
+    ("rounds", "message"), [(1, "no interval is given"), (4, "intervals of 4 rounds are wide")]
+)
+def test_few_rounds_are_named(rounds: int, message: str) -> None:
+    (warning,) = warned(report(dict.fromkeys((*ALL_DENSE, SPARSE), STEADY[:rounds])))
+    assert message in warning
+
+
+@pytest.mark.parametrize(
+    ("dense", "message"),
+    [
+        ([DENSE], "dense int8 and int4 in ONNX Runtime was not timed"),
+        (
+            [DENSE, "onnxruntime-int8-dense", "llamacpp-int4-dense"],
+            "dense int4 in ONNX Runtime was not timed",
+        ),
+        ([], "no dense baseline was timed"),
+    ],
+)
+def test_the_best_dense_run_is_only_the_best_of_those_there_are(dense: list[str], message: str) -> None:
+    (warning,) = warned(report(dict.fromkeys((*dense, SPARSE), STEADY)))
+    assert message in warning
+
+
+def test_cores_on_more_than_one_node_are_named() -> None:
+    assert warned(whole(), nodes_used=(0,)) == ()
+    (warning,) = warned(whole(), nodes_used=(0, 1))
+    assert "NUMA nodes 0 and 1" in warning
+
+
+@contextmanager
+def busy(core: int) -> Iterator[None]:
+    """A process that keeps a core busy."""
+    command = f"import os; os.sched_setaffinity(0, [{core}]); print(flush=True)\nwhile True: pass"
+    with subprocess.Popen([sys.executable, "-c", command], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        try:
+            yield
+        finally:
+            process.kill()
+
+
+def test_a_busy_process_on_the_core_is_seen() -> None:
+    (core,) = choose_cores(1)
+    with busy(core):
+        noise = watched(core)
+    record = noise.record()
+    assert record.core_s == pytest.approx(1, rel=0.5)
+    assert any("other processes used" in warning for warning in warnings((), record))
+
+
+def test_a_busy_process_on_another_core_is_seen_beside() -> None:
+    cores = choose_cores(None)
+    if len(cores) < 2:
+        assert Watch(cores).beside == ()
+        return
+    with busy(cores[-1]):
+        record = watched(cores[0]).record()
+    assert record.beside_share > 0
+    assert set(Watch(cores[:1]).beside) >= set(cores[1:])
+
+
+def test_work_outside_of_the_cores_makes_others_negative() -> None:
+    (core,) = choose_cores(1)
+    # A run that says it used more than the core had to give.
+    noise = watched(core, own_s=iter([0.0, 9.0]))
+    assert noise.record().others_share < -1
+
+
+def watched(core: int, own_s: Iterator[float] | None = None) -> Noise:
+    own = own_s or iter([0.0, 0.0])
+    with Watch((core,))(lambda: next(own)) as noise:
+        time.sleep(1)
+    return noise
+
+
+def test_noise_adds_up() -> None:
+    total = sum((Noise(core_s=2, others_s=1), Noise(core_s=2, beside_core_s=4, beside_s=1)), Noise())
+    assert total.record() == NoiseRecord(
+        core_s=4, stolen_share=0, others_share=0.25, beside_share=0.25, siblings_share=0, throttled_share=0
+    )
