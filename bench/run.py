@@ -16,6 +16,7 @@ from ..artifact import CHECKPOINT, Manifest, check_files, newest_artifact, read_
 from ..blocks import logits_of
 from ..calibration import TokenWindows, evaluation_windows
 from ..errors import UserError
+from ..export.loadable import require_loadable
 from ..families import Outline
 from ..models import ModelFiles, load_config, load_tokenizer
 from ..outline import outline_of
@@ -124,6 +125,8 @@ def _check_candidates(artifact: Path, manifest: Manifest, candidates: Sequence[C
     read = {candidate.reference.relative_to(artifact).as_posix() for candidate in candidates}
     read |= {CHECKPOINT for candidate in candidates if candidate.engine.reads == CHECKPOINT}
     check_files(artifact, manifest, [f"{folder}/" for folder in sorted(read)])
+    for candidate in candidates:
+        require_loadable(candidate.model, candidate.engine.name)
 
 
 def _workload(

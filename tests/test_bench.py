@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from rich.console import Console
 
@@ -74,6 +75,23 @@ def test_every_run_is_measured(report: Report) -> None:
         assert run.peak_rss_bytes is not None
         assert run.peak_rss_bytes > run.weight_bytes
         assert run.warm_ups >= 2
+        # Of 84 positions before the prompt, as many as are a multiple of 16.
+        assert run.filled_tokens == 80
+
+
+def test_all_runs_of_a_model_are_checked_at_the_depth_that_is_timed(report: Report) -> None:
+    for run in report.runs:
+        check = run.depth_check
+        if run.name == "onnxruntime-fp32-dense":
+            # Of the dense model there is no checkpoint, and no other run in fp32.
+            assert check is None
+            continue
+        assert check is not None
+        assert check.reference == ("onnxruntime-fp32-dense" if run.dense else "torch")
+        assert (check.depth, check.positions) == (100, 6)
+        assert run.tokens_sha256 is not None
+    fp32 = {run.tokens_sha256 for run in report.runs if run.precision == "fp32" and not run.dense}
+    assert len(fp32) == 1
 
 
 def test_outputs_were_checked_before(report: Report) -> None:
@@ -108,6 +126,7 @@ def test_every_run_is_compared_with_every_dense_one(report: Report) -> None:
     dense = {run.name for run in report.runs if run.dense}
     assert pairs == {(run.name, base) for run in report.runs for base in dense if run.name != base}
     for comparison in report.comparisons:
+        assert comparison.ci95 is not None
         assert comparison.ci95[0] <= comparison.speedup <= comparison.ci95[1]
     assert report.dense_fp32 == "onnxruntime-fp32-dense"
     assert report.best_dense in dense
@@ -151,6 +170,13 @@ def test_the_report_is_written_in_all_forms(report: Report, artifact: Path) -> N
     assert (folder / "report.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     rows = list(csv.DictReader(io.StringIO((folder / "report.csv").read_text())))
     assert [row["run"] for row in rows] == [run.name for run in report.runs]
+    for row, run in zip(rows, report.runs, strict=True):
+        assert run.ttft_ms is not None
+        assert float(row["ttft_ms_p99"]) == run.ttft_ms.p99
+        assert float(row["drift"]) == run.drift
+        compared = report.speedup_over(run.name, report.dense_fp32)
+        if compared and compared.ci95:
+            assert (float(row["dense_fp32_ci95_low"]), float(row["dense_fp32_ci95_high"])) == compared.ci95
     text = (folder / "report.md").read_text()
     assert all(run.name in text for run in report.runs)
     assert all(warning in text for warning in report.warnings)
@@ -205,7 +231,10 @@ def test_a_wrong_graph_is_reported_and_not_timed(copy: Path, tmp_path: Path) -> 
 
 
 def test_a_run_that_fails_ends_alone(copy: Path, tmp_path: Path) -> None:
-    (copy / "onnxruntime-int8" / "model.onnx").write_bytes(b"no model")
+    path = copy / "onnxruntime-int8" / "model.onnx"
+    graph = onnx.load(path, load_external_data=False)
+    graph.graph.node[0].op_type = "NoSuchOperator"
+    onnx.save(graph, path)
     reseal(copy)
     report = bench(copy, engine="onnxruntime", baseline="fp32", output=tmp_path / "r.json", **QUICK)
     run = report.run("onnxruntime-int8-s70")
@@ -268,6 +297,7 @@ def test_no_baseline_means_no_speedup(artifact: Path, tmp_path: Path) -> None:
         ({"prompt_tokens": 0}, "--prompt-tokens 0"),
         ({"new_tokens": 1}, "--new-tokens 1"),
         ({"repeats": 0}, "--repeats 0"),
+        ({"time_limit": 0}, "--time-limit 0: give seconds"),
         ({"eval_data": "no-such-text.txt"}, "no-such-text.txt"),
     ],
 )
@@ -297,6 +327,17 @@ def test_an_altered_graph_is_refused(copy: Path, tmp_path: Path) -> None:
         bench(copy, engine="onnxruntime", output=tmp_path / "r.json", **QUICK)
 
 
+def test_a_graph_that_reads_other_files_is_refused(copy: Path, tmp_path: Path) -> None:
+    path = copy / "onnxruntime" / "model.onnx"
+    graph = onnx.load(path, load_external_data=False)
+    stored = next(tensor for tensor in graph.graph.initializer if tensor.external_data)
+    next(entry for entry in stored.external_data if entry.key == "location").value = "../secret"
+    onnx.save(graph, path)
+    reseal(copy)
+    with pytest.raises(UserError, match=r"reads '\.\./secret'"):
+        bench(copy, engine="onnxruntime", output=tmp_path / "r.json", **QUICK)
+
+
 def test_an_artifact_without_graphs_for_the_engine(copy: Path, tmp_path: Path) -> None:
     manifest = read_manifest(copy)
     kept = tuple(export for export in manifest.exports if export.engine != "deepsparse")
@@ -309,6 +350,12 @@ def test_what_is_no_artifact_and_what_is_no_report(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no artifact"):
         bench(tmp_path, **QUICK)
     with pytest.raises(UserError, match="cannot be read"):
+        read_report(tmp_path / "none.json")
+    (tmp_path / "new.json").write_text('{"schema": 2, "created": "tomorrow"}')
+    with pytest.raises(UserError, match="is a report of schema 2, and this dlp-deploy reads 1"):
+        read_report(tmp_path / "new.json")
+    (tmp_path / "none.json").write_text("{}")
+    with pytest.raises(UserError, match="is no bench report: schema: Field required"):
         read_report(tmp_path / "none.json")
     (tmp_path / "bad.json").write_text('{"schema": 1}')
     with pytest.raises(UserError, match="is no bench report: created"):
