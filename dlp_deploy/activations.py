@@ -29,6 +29,10 @@ class Inputs:
     def of(self, linear: str) -> torch.Tensor:
         return self.values[self.leaders[linear]]
 
+    def sharing(self, leader: str) -> list[str]:
+        """The layers whose input is that of `leader`, itself first."""
+        return [linear for linear, its_leader in self.leaders.items() if its_leader == leader]
+
     def norms(self) -> dict[str, torch.Tensor]:
         """The input norms of every linear layer."""
         by_leader = {

@@ -6,7 +6,7 @@ too. Only one block is in memory at a time, and nothing is stored but hidden sta
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -64,6 +64,8 @@ class CalibratedWeights(Weights):
 
     def quantized(self, layer: str, grid: Grid) -> Quantized:
         while layer not in self._rounded:
+            # Not the last block's weights and this one's at once.
+            self._rounded = {}
             self._rounded = self._round_next()
         assert grid == self._rounded[layer].grid
         return self._rounded[layer]
@@ -79,18 +81,23 @@ class CalibratedWeights(Weights):
     def _round_block(self, index: int) -> dict[str, Quantized]:
         model, prefix = self._model, self._model.decoder.family.block(index)
         block = model.block(index, model.read_block(index), self._ids.shape[1])
-        rounded: dict[str, Quantized] = {}
+        found: dict[str, Quantized] = {}
         named = {f"{prefix}.{name}": linear for name, linear in block.linears.items()}
         rounding = {layer: linear for layer, linear in named.items() if layer not in self._kept}
         with rounded_inputs(rounding, self._inputs):
             grams = measure_inputs(block, self._hidden, "gram", model.device)
-            for layer, linear in rounding.items():
-                quantized = _round(linear.weight, grams.of(layer.removeprefix(f"{prefix}.")), self._grid)
-                linear.weight.copy_(torch.from_numpy(quantized.dequantize()))
-                rounded[layer] = quantized
+            for leader in list(grams.values):
+                layers = [f"{prefix}.{name}" for name in grams.sharing(leader)]
+                linears = {layer: rounding[layer] for layer in layers if layer in rounding}
+                weights = [linear.weight for linear in linears.values()]
+                # Taken out, so that it can be given back to memory as soon as it is used up.
+                quantized = _round(weights, grams.values.pop(leader), self._grid)
+                for (layer, linear), levels in zip(linears.items(), quantized, strict=True):
+                    linear.weight.copy_(torch.from_numpy(levels.dequantize()))
+                    found[layer] = levels
             for windows in self._hidden.batches():
                 self._hidden.write(windows, block.run(self._hidden.read(windows).to(model.device)))
-        return rounded
+        return found
 
     @torch.no_grad()
     def _round_head(self) -> dict[str, Quantized]:
@@ -100,10 +107,18 @@ class CalibratedWeights(Weights):
             rows = map(partial(self._inputs.rounded, head), rows)
         gram = sum(row.T @ row for row in rows)
         assert isinstance(gram, torch.Tensor)
-        return {head: _round(torch.from_numpy(self.linear(head)), gram, self._head_grid)}
+        (quantized,) = _round([torch.from_numpy(self.linear(head))], gram, self._head_grid)
+        return {head: quantized}
 
 
-def _round(weight: torch.Tensor, gram: torch.Tensor, grid: Grid) -> Quantized:
-    scale = torch.from_numpy(grid_scale(weight.numpy(force=True), grid)).to(weight.device)
-    levels, scale = rounded(weight, gram, scale, grid)
-    return Quantized(levels.numpy(force=True), scale.numpy(force=True), grid)
+def _round(weights: Sequence[torch.Tensor], gram: torch.Tensor, grid: Grid) -> list[Quantized]:
+    """Layers that share their inputs, of which `gram` is used up."""
+    if not weights:
+        return []
+    scales = [
+        torch.from_numpy(grid_scale(weight.numpy(force=True), grid)).to(weight.device) for weight in weights
+    ]
+    return [
+        Quantized(levels.numpy(force=True), scale.numpy(force=True), grid)
+        for levels, scale in rounded(weights, gram, scales, grid)
+    ]

@@ -5,9 +5,9 @@ the inputs' covariance says (algorithm 1). Pruned weights are columns whose valu
 would flow into one flows on. So the mask stays, and the kept weights carry the loss.
 
 Columns are visited by falling activation, as in the authors' code: what matters most is rounded while all the
-others can still make up for it. Behind SparseGPT this is the joint sparsification and quantization of its
-paper: two sweeps that visit the columns in one order correct by the same factor, so that their corrections
-add up to those of a single sweep that zeroes and rounds at once.
+others can still make up for it. (Two sweeps in one order correct by the same factor, and their corrections
+add up. So in SparseGPT's own order this would be the joint sparsification and quantization of its paper,
+level by level; falling activation measures better.)
 
 With 4 bits a coordinate descent follows (QuantEase, Behdin et al. 2023, arXiv 2309.01885): each level is
 chosen anew, given all others, and each scale by least squares. Of the 28 % that GPTQ costs the pruned
@@ -16,9 +16,12 @@ SmolLM2-135M in perplexity with blocks of 128, order and descent leave 8 %.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 import torch
 
-from ..masking import SLAB, damped, inverse_factor
+from ..masking import SLAB, damp, inverse_factor
 from .grid import Grid
 
 SWEEPS = 2
@@ -26,29 +29,56 @@ SWEEPS = 2
 ROWS = 2048
 
 
-@torch.no_grad()
 def rounded(
-    weight: torch.Tensor, gram: torch.Tensor, scale: torch.Tensor, grid: Grid
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Levels, int8 [out, in], and scales, float32 [out, groups], of `weight` on `grid`.
+    weights: Sequence[torch.Tensor], gram: torch.Tensor, scales: Sequence[torch.Tensor], grid: Grid
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Levels int8 [out, in] and scales float32 [out, groups], on `grid`, of layers that share their inputs.
 
-    `weight` float32 [out, in], zero where it is pruned, and so are its levels; `gram` X^T X of the layer's
-    inputs, float32 [in, in]; `scale` float32 [out, groups], what to begin with. Raises UserError when `gram`
-    cannot be inverted.
+    `weights` float32 [out, in], zero where they are pruned, and so are the levels; `scales` float32
+    [out, groups], what to begin with. `gram`, X^T X of the inputs, float32 [in, in], is used up: it is damped
+    in place, and where nobody else holds it, its memory is free as soon as its factor, of the same size, is
+    there. Raises UserError when it cannot be inverted.
     """
     order = gram.diagonal().argsort(descending=True)
-    factor = inverse_factor(gram[order][:, order])
-    levels, scale = torch.empty(weight.shape, dtype=torch.int8, device=weight.device), scale.clone()
+    factor = inverse_factor(gram, order)
     # At 8 bits too little is lost for a descent to win (SmolLM2-135M: 1 % of the perplexity).
-    smooth = damped(gram) if grid.bits < 8 else None
+    damped = None if grid.bits >= 8 else gram
+    del gram
+    found = [
+        (_swept_in_order(weight, factor, scale, grid, order), scale)
+        for weight, scale in zip(weights, scales, strict=True)
+    ]
+    if damped is None:
+        return found
+    del factor
+    damp(damped)
+    return [
+        _descended_in_turn(weight, damped, levels, scale, grid)
+        for weight, (levels, scale) in zip(weights, found, strict=True)
+    ]
+
+
+@torch.no_grad()
+def _swept_in_order(
+    weight: torch.Tensor, factor: torch.Tensor, scale: torch.Tensor, grid: Grid, order: torch.Tensor
+) -> torch.Tensor:
+    levels = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     for start in range(0, len(weight), ROWS):
         rows = slice(start, start + ROWS)
-        some = weight[rows]
-        steps = _of_columns(scale[rows], grid, some)[:, order]
-        levels[rows, order] = swept(some[:, order], factor, steps, grid)
-        if smooth is not None:
-            levels[rows], scale[rows] = descended(some, smooth, levels[rows], scale[rows], grid)
-    return levels, scale
+        steps = _of_columns(scale[rows], grid, weight)[:, order]
+        levels[rows, order] = swept(weight[rows, order], factor, steps, grid)
+    return levels
+
+
+def _descended_in_turn(
+    weight: torch.Tensor, gram: torch.Tensor, levels: torch.Tensor, scale: torch.Tensor, grid: Grid
+) -> tuple[torch.Tensor, torch.Tensor]:
+    parts = [
+        descended(*some, grid)
+        for some in zip(weight.split(ROWS), itertools.repeat(gram), levels.split(ROWS), scale.split(ROWS))
+    ]
+    found, refitted = zip(*parts, strict=True)
+    return torch.cat(found), torch.cat(refitted)
 
 
 @torch.no_grad()

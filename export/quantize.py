@@ -28,7 +28,9 @@ class Quantized:
 
     def dequantize(self) -> np.ndarray:
         """The float32 [out, in] matrix that this stands for."""
-        return self.levels.astype(np.float32) * scale_of_columns(self.scale, self.grid, self.levels.shape[1])
+        values = self.levels.astype(np.float32)
+        values *= scale_of_columns(self.scale, self.grid, self.levels.shape[1])
+        return values
 
 
 def quantize(weight: np.ndarray, grid: Grid) -> Quantized:

@@ -43,7 +43,7 @@ def steps_of(scale: torch.Tensor, grid: Grid, weight: torch.Tensor) -> torch.Ten
 def gptq(weight: torch.Tensor, inputs: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
     """Levels, and the weight that they stand for."""
     begin = torch.from_numpy(grid_scale(weight.numpy(), grid))
-    levels, scale = rounded(weight, inputs.T @ inputs, begin, grid)
+    ((levels, scale),) = rounded([weight], inputs.T @ inputs, [begin], grid)
     return levels, levels * steps_of(scale, grid, weight)
 
 
@@ -60,6 +60,32 @@ def test_output_error_is_less_than_that_of_rounding_to_nearest(seed: int, grid: 
         return float((inputs @ (approximation - weight).T).square().sum())
 
     assert error(found) < error(nearest)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 300))
+def test_the_factor_is_that_of_the_inverse_in_any_order(seed: int, size: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(2 * size, size, generator=generator)
+    gram, order = inputs.T @ inputs, torch.randperm(size, generator=generator)
+    before = gram.clone()
+    factor = inverse_factor(gram, order)
+    assert torch.equal(gram, before)
+    assert torch.equal(factor, factor.triu())
+    damped = gram[order][:, order].double() + 0.01 * gram.diagonal().double().mean() * torch.eye(size)
+    expected = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    torch.testing.assert_close(factor.double(), expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_layers_that_share_inputs_are_rounded_as_each_alone() -> None:
+    (one, inputs), (other, _) = layer(3), layer(4, out=40)
+    for grid in (Grid(8), Grid(4, 32)):
+        begins = [torch.from_numpy(grid_scale(weight.numpy(), grid)) for weight in (one, other)]
+        together = rounded([one, other], inputs.T @ inputs, begins, grid)
+        for weight, begin, (levels, scale) in zip((one, other), begins, together, strict=True):
+            ((alone, its_scale),) = rounded([weight], inputs.T @ inputs, [begin], grid)
+            assert torch.equal(levels, alone)
+            assert torch.equal(scale, its_scale)
 
 
 def jointly_rounded(
