@@ -9,17 +9,12 @@ import numpy as np
 
 from ..artifact import OutputCheck
 from ..export.reference import Reference
-from ..export.verify import compare_logits
+from ..export.verify import ENGINE_RATIO, compare_logits
 from .plan import Candidate
 
 # Float32 graphs differ from torch by the order of sums: 1e-6 to 1e-5 of the largest logit in all
 # engines. A thousandth means that the engine computes something else.
 FP32_LIMIT = 1e-3
-# Rounding of activations amplifies the last bit of whatever came before, so two right engines differ
-# on the same quantized graph almost as much as each does from torch (SmolLM2-135M, int8: mean error
-# 1.3e-2 between DeepSparse and ONNX Runtime; 1.5e-2 and 1.6e-2 to torch). So an engine is held to the
-# mean error of ONNX Runtime on that graph; one that computes something else is tens of times beyond.
-QUANTIZED_RATIO = 1.5
 # Without that measure there is only what a right graph has never reached.
 UNMEASURED_LIMIT = 0.1
 # How much more the mean error of a quantized graph may be on the few positions at depth, of another text.
@@ -75,7 +70,7 @@ def compare(candidate: Candidate, logits: np.ndarray, reference: Reference) -> A
         return Agreement(torch, None, "mean_rel_error", UNMEASURED_LIMIT)
     graph = compare_logits(engine, "onnxruntime", logits, reference.graph_logits)
     quantization = compare_logits("onnxruntime", "torch", reference.graph_logits, reference.logits)
-    return Agreement(torch, graph, "mean_rel_error", QUANTIZED_RATIO * quantization.mean_rel_error)
+    return Agreement(torch, graph, "mean_rel_error", ENGINE_RATIO * quantization.mean_rel_error)
 
 
 def compare_at_depth(

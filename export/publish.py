@@ -88,12 +88,14 @@ class Source:
 
     def kept(self, graph: Graph) -> tuple[str, ...]:
         """The layers that `graph` keeps in fp32. Raises UserError for a pattern that matches none."""
-        if graph.keep_fp32 == "none" or graph.grid is None:
+        if graph.keep_fp32 == "none" or graph.grid is None or graph.head_grid is None:
             return ()
         if graph.keep_fp32 != "auto":
             return named_layers(graph.keep_fp32, self.decoder.linear_groups())
         checkpoint = self.checkpoint(graph)
-        costs = measure_costs(self.files, checkpoint, self.text, graph.grid, self.inputs(graph))
+        costs = measure_costs(
+            self.files, checkpoint, self.text, graph.grid, graph.head_grid, self.inputs(graph)
+        )
         return choose_kept(costs, graph.grid)
 
     @contextmanager
@@ -249,8 +251,7 @@ def _check_outputs(
     if len(engines) > 1:
         theirs, ours = logits[graph.engine], logits["onnxruntime"]
         checks.append(compare_logits(graph.engine, "onnxruntime", theirs, ours))
-    for check in checks:
-        require_agreement(check, graph.precision, model)
+    require_agreement(checks, graph.precision, model)
     return tuple(checks)
 
 

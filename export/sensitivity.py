@@ -45,11 +45,17 @@ class Cost:
 
 
 def measure_costs(
-    files: ModelFiles, checkpoint: Checkpoint, ids: torch.Tensor, grid: Grid, inputs: Int8Inputs | None
+    files: ModelFiles,
+    checkpoint: Checkpoint,
+    ids: torch.Tensor,
+    grid: Grid,
+    head_grid: Grid,
+    inputs: Int8Inputs | None,
 ) -> list[Cost]:
     """The cost of rounding each group of linear layers with one input alone, in the model's order.
 
-    `ids` int64 [windows, length]; `inputs` says how a layer's inputs are rounded too, if they are.
+    `grid` is that of the blocks. `ids` int64 [windows, length]; `inputs` says how a layer's inputs are
+    rounded too, if they are.
     """
     model = BlockModel(files, checkpoint)
     decoder, ids = model.decoder, ids[:WINDOWS]
@@ -71,7 +77,7 @@ def measure_costs(
                 costs.append(Cost(group, error, sum(linear.weight.numel() for linear in linears.values())))
             hidden.write(slice(0, len(ids)), exact)
             advance()
-        costs.append(_cost_of_head(model, hidden, grid, inputs))
+        costs.append(_cost_of_head(model, hidden, head_grid, inputs))
     return costs
 
 

@@ -24,9 +24,15 @@ from ..gguf_model import gguf_tensors
 from .decoder import Weights, layers_of
 from .graph import DATA_FILE
 
-# A max_rel_error above these means a wrong graph, not rounding: fp32 differs by the order of sums
-# only; int8 and int4 by what the coarser grid does to the logits of this one text.
-MAX_ERROR = {"fp32": 1e-4, "int8": 0.35, "int4": 1.0}
+# Float32 graphs differ from torch by the order of sums only. A max_rel_error above this is a wrong graph.
+FP32_MAX_ERROR = 1e-4
+# Quantized ones differ by what the coarser grid does to the logits, so their mean_rel_error counts. That of
+# SmolLM2-135M, pruned to 70 %, is 0.006 to 0.016 in int8 and 0.02 to 0.07 in int4.
+MEAN_ERROR = {"int8": 0.05, "int4": 0.15}
+# Two right engines differ on one quantized graph almost as much as each from torch, because rounding of
+# activations amplifies the last bit of whatever came before. So an engine is held to the mean error of
+# ONNX Runtime on that graph; one that computes something else is several times beyond.
+ENGINE_RATIO = 1.5
 
 PLAIN_ONNXRUNTIME = Engine(
     name="onnxruntime",
@@ -159,14 +165,23 @@ def compare_logits(engine: str, against: str, logits: np.ndarray, expected: np.n
     )
 
 
-def require_agreement(check: OutputCheck, precision: str, model: Path) -> None:
-    """Raise VerificationError when a check exceeds what its precision can explain."""
-    limit = MAX_ERROR[precision]
-    if not check.max_rel_error <= limit:
-        raise VerificationError(
-            f"{model}: logits in {check.engine} differ from {check.reference} by {check.max_rel_error:.2e} "
-            f"of the largest (limit for {precision}: {limit:g})"
-        )
+def require_agreement(checks: Sequence[OutputCheck], precision: str, model: Path) -> None:
+    """Raise VerificationError when the logits of an engine differ from torch by more than its precision
+    explains, or by more than those of ONNX Runtime on the same graph explain."""
+    of_torch = [check for check in checks if check.reference == "torch"]
+    ours = next((check.mean_rel_error for check in of_torch if check.engine == "onnxruntime"), None)
+    for check in of_torch:
+        if precision == "fp32":
+            kind, error, limit = "largest", check.max_rel_error, FP32_MAX_ERROR
+        else:
+            kind, error, limit = "mean", check.mean_rel_error, MEAN_ERROR[precision]
+            if ours is not None and check.engine != "onnxruntime":
+                limit = min(limit, ENGINE_RATIO * ours)
+        if not error <= limit:
+            raise VerificationError(
+                f"{model}: the {kind} error of its logits in {check.engine} is {error:.2e} of the largest of "
+                f"torch (limit for {precision}: {limit:.1e})"
+            )
 
 
 def graph_logits(model: Path, ids: np.ndarray, prompt: int) -> np.ndarray:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
 
 from dlp_deploy import export
 from dlp_deploy.artifact import read_manifest
@@ -21,7 +22,7 @@ from dlp_deploy.export.sensitivity import Cost, choose_kept, measure_costs
 from dlp_deploy.models import resolve_model
 
 from .artifacts import pruned
-from .tiny_models import torch_model
+from .tiny_models import TINY_CONFIGS, save_tiny_model, torch_model
 
 costs = st.lists(
     st.builds(Cost, st.tuples(st.uuids().map(str)), st.floats(0, 1), st.integers(1, 10**6)),
@@ -57,7 +58,7 @@ def block_output(model: torch.nn.Module, index: int, ids: torch.Tensor) -> torch
 def test_a_cost_is_how_far_the_block_moves_when_transformers_runs_it(llama_folder: Path) -> None:
     files, model = resolve_model(str(llama_folder)), torch_model(llama_folder)
     text = quantization_text(files, 128)
-    found = measure_costs(files, open_checkpoint(files), text, Grid(4), inputs=None)
+    found = measure_costs(files, open_checkpoint(files), text, Grid(4), Grid(8), inputs=None)
     assert len(found) == 4 * model.config.num_hidden_layers + 1
     exact = block_output(model, 1, text[:4])
     for linear in (model.model.layers[1].mlp.gate_proj, model.model.layers[1].mlp.up_proj):
@@ -84,13 +85,18 @@ def test_kept_layers_are_in_the_manifest_and_both_engines_agree(llama_folder: Pa
         assert made.checks[0].mean_rel_error < 1.5 * before[made.engine].checks[0].mean_rel_error
 
 
-def test_auto_keeps_what_fits_the_budget(llama_folder: Path, tmp_path: Path) -> None:
-    artifact = pruned(llama_folder, tmp_path / "artifact")
+def test_auto_keeps_what_fits_the_budget(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    config = TINY_CONFIGS["llama"]()
+    config.num_hidden_layers = 8  # 5 % of fewer blocks is less than any layer
+    model = save_tiny_model(tmp_path / "model", config, tiny_tokenizer)
+    artifact = pruned(model, tmp_path / "artifact")
     export(artifact, quant="int8", target="onnxruntime", baseline="none", keep_fp32="auto")
     (made,) = read_manifest(artifact).exports
+    assert made.kept_fp32
     export(artifact, quant="int8", target="onnxruntime", baseline="none", force=True)
     (plain,) = read_manifest(artifact).exports
-    assert made.weight_bytes <= 1.06 * plain.weight_bytes
+    assert not plain.kept_fp32
+    assert plain.weight_bytes < made.weight_bytes <= 1.06 * plain.weight_bytes
 
 
 def test_a_name_that_matches_no_layer_is_told(llama_folder: Path, tmp_path: Path) -> None:
