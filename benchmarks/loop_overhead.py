@@ -34,7 +34,7 @@ def overhead(candidate: Candidate, options: argparse.Namespace, times: Path) -> 
     ids = np.resize(read_reference(candidate.reference).ids, options.context - options.new_tokens)
     whole, own = [], []
     with EngineWorker.spawn(engine, choose_cores(options.cores)) as worker:
-        worker.load(candidate.model, options.context, PROMPT)
+        worker.load(candidate.model, options.context, PROMPT, fill=len(ids) - PROMPT)
         for _ in range(1 + options.rounds):
             whole.append(worker.generate(ids, options.new_tokens).samples_ms)
             worker.restart()

@@ -16,6 +16,9 @@ from dlp_deploy.bench.report import Comparison, Report, read_report
 
 
 def overlap(one: Comparison, other: Comparison) -> bool:
+    """Whether two intervals do; one round has none, which claims nothing and so contradicts nothing."""
+    if one.ci95 is None or other.ci95 is None:
+        return True
     return one.ci95[0] <= other.ci95[1] and other.ci95[0] <= one.ci95[1]
 
 

@@ -1,0 +1,89 @@
+"""What reports say of peculiar figures: beyond the memory's rate, of one round, of mixed versions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dlp_deploy.bench.plot import overview, save
+from dlp_deploy.bench.points import Point
+from dlp_deploy.bench.present import to_csv, to_markdown
+from dlp_deploy.bench.report import EngineRecord, Report
+from dlp_deploy.bench.sweep_report import to_csv as sweep_csv
+from dlp_deploy.bench.sweep_report import to_markdown as sweep_markdown
+from dlp_deploy.bench.sweep_report import write_sweep_report
+
+from .bench_reports import DENSE, SPARSE, report
+
+ROUNDS = np.full((5, 8), 5.0)
+
+
+@pytest.mark.parametrize(
+    ("l3_bytes", "reason"),
+    [(1 << 28, "the caches hold a part"), (1 << 24, "far more weights than")],
+)
+def test_more_than_the_memory_gives_is_explained_by_caches_only_where_they_are_large(
+    l3_bytes: int, reason: str
+) -> None:
+    # 0.1 GB in 5 ms are twice the 10 GB/s of the memory.
+    text = to_markdown(report({SPARSE: ROUNDS}, gigabytes=0.1, caches={"L3": l3_bytes}))
+    assert "| 200% |" in text
+    (line,) = [line for line in text.splitlines() if line.startswith("More than 100 %")]
+    assert reason in line
+
+
+def test_the_nearer_roof_is_the_larger_share() -> None:
+    limits = report({SPARSE: ROUNDS}, peak_int8_gops=15.0).runs[0].roofline
+    assert limits is not None
+    assert (limits.share, limits.bound) == (limits.bandwidth_share, "bandwidth")
+    limits = report({SPARSE: ROUNDS}, peak_int8_gops=5.0).runs[0].roofline
+    assert limits is not None
+    assert (limits.share, limits.bound) == (limits.compute_share, "compute")
+    limits = report({SPARSE: ROUNDS}, peak_int8_gops=None).runs[0].roofline
+    assert limits is not None
+    assert limits.share == limits.bandwidth_share
+
+
+def test_a_report_of_one_round_claims_no_interval(tmp_path: Path) -> None:
+    stored = report({DENSE: 4 * ROUNDS[:1], SPARSE: ROUNDS[:1]})
+    text = to_markdown(stored)
+    assert f"decodes at 4.00x {DENSE} (one round, no interval)" in text
+    assert f"| {SPARSE} | {DENSE} | 4.00x | - |" in text
+    assert "95% interval)" not in text
+    assert f"\n{SPARSE}," in to_csv(stored)
+    save(overview(stored), tmp_path / "report.png")
+    assert (tmp_path / "report.png").stat().st_size > 0
+    point = point_of(stored)
+    write_sweep_report([point], tmp_path / "s.jsonl")
+    assert "| 4.00x (-) |" in sweep_markdown([point])
+    assert ",4.0,,," in sweep_csv([point])
+
+
+def test_the_papers_baseline_is_onnx_runtimes_where_there_are_two() -> None:
+    both = {"llamacpp-fp32-dense": ROUNDS, DENSE: 2 * ROUNDS, SPARSE: ROUNDS}
+    assert report(both).dense_fp32 == DENSE
+    assert report({"llamacpp-fp32-dense": ROUNDS}).dense_fp32 == "llamacpp-fp32-dense"
+    assert report({SPARSE: ROUNDS}).dense_fp32 is None
+
+
+def point_of(stored: Report, sparsity: float = 0.7) -> Point:
+    return Point(
+        schema=1, shape="tiny", quant="int8", sparsity=sparsity, settings={}, measured=(), report=stored
+    )
+
+
+def test_points_that_were_measured_by_other_versions_are_named() -> None:
+    samples = {DENSE: 4 * ROUNDS, SPARSE: ROUNDS}
+
+    def engine(version: str) -> dict[str, EngineRecord]:
+        record = EngineRecord(title="ORT", licence="MIT", versions={"onnxruntime": version}, notes=())
+        return {"onnxruntime": record}
+
+    first = point_of(report(samples, engines=engine("1.23"), git_revision="abc"))
+    second = point_of(report(samples, engines=engine("1.24"), git_revision="abd"), 0.8)
+    text = sweep_markdown([first, second])
+    assert "- points differ in onnxruntime of ORT: 1.23, 1.24" in text
+    assert "- points differ in git revision: abc, abd" in text
+    assert "differ in" not in sweep_markdown([first, first])
