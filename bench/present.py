@@ -156,6 +156,8 @@ def _explanation(report: Report) -> str:
         "the logarithms of the ratios of single rounds.",
         "Peak memory is that of the engine's process, from loading to the last token.",
     ]
+    if filled := report.runs[0].filled_tokens:
+        lines.append(f"Before the prompt, the cache was filled with {filled} tokens, untimed.")
     if text := report.evaluation:
         lines.append(
             f"Perplexity is taken in the engine, on {text.windows} windows of {text.tokens_per_window} "

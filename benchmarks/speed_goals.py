@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 from dlp_deploy.bench.points import Point
-from dlp_deploy.bench.present import markdown_table
+from dlp_deploy.bench.present import interval, markdown_table
 from dlp_deploy.bench.sweep import sweep
 
 GOALS = {0.7: {"fp32": 5.0, "int8": 1.5, "int4": 1.1}, 0.8: {"fp32": 6.0, "int4": 1.25}}
@@ -29,10 +29,9 @@ def rows(point: Point) -> list[list[str]]:
                 [f"{point.sparsity:.0%}", precision, f"{goal:g}x", "not timed", "-", "missed", "-", "-"]
             )
             continue
-        low, high = comparison.ci95
         verdict = "reached" if comparison.speedup >= goal else "missed"
         limits = [share(point, name) for name in (point.sparse.name, baseline)]
-        values = [f"{goal:g}x", f"{comparison.speedup:.2f}x", f"{low:.2f} to {high:.2f}", verdict]
+        values = [f"{goal:g}x", f"{comparison.speedup:.2f}x", interval(comparison), verdict]
         found.append([f"{point.sparsity:.0%}", precision, *values, *limits])
     return found
 
