@@ -40,11 +40,20 @@ class Weights:
 
     def linear(self, layer: str) -> np.ndarray:
         """Weight [out, in] of a linear layer; of the embedding where the head is tied to it."""
+        return self._oriented(layer, self.array(self._weight_name(layer)))
+
+    def _weight_name(self, layer: str) -> str:
         name = f"{layer}.weight"
-        if layer == self._decoder.family.head and name not in self._names:
-            name = f"{self._decoder.family.embedding}.weight"
-        transposed = self._decoder.family.transposed and layer.startswith(f"{self._decoder.family.blocks}.")
-        return self.array(name).T if transposed else self.array(name)
+        tied = layer == self._decoder.family.head and name not in self._names
+        return f"{self._decoder.family.embedding}.weight" if tied else name
+
+    def _oriented(self, layer: str, stored: np.ndarray) -> np.ndarray:
+        family = self._decoder.family
+        return stored.T if family.transposed and layer.startswith(f"{family.blocks}.") else stored
+
+    def zeros(self, layer: str) -> np.ndarray:
+        """Which weights of a linear layer are zero, bool [out, in]."""
+        return self._oriented(layer, (self._checkpoint.tensor(self._weight_name(layer)) == 0).numpy())
 
     def quantized(self, layer: str, grid: Grid) -> Quantized:
         """The weight of a linear layer on a grid, each value rounded to the nearest level."""

@@ -9,13 +9,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch.nn import functional as F
 
+from ..threads import map_in_threads
 from .grid import Grid
 
-# Rounding waits for memory unless its steps stay in the caches; more at once are shared out better.
-WEIGHTS_AT_ONCE = 1 << 20
+# Rounding waits for memory unless its steps stay in the caches.
+WEIGHTS_AT_ONCE = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,18 @@ class Quantized:
 
 def quantize(weight: np.ndarray, grid: Grid) -> Quantized:
     """Round float32 [out, in] to the nearest level of `grid`."""
-    levels, scale = zip(*(_rounded(rows, grid) for rows in _few_rows(weight)), strict=True)
-    return Quantized(torch.cat(levels).numpy(), torch.cat(scale).numpy(), grid)
+    levels, scale = np.empty(weight.shape, np.int8), _empty_scale(weight, grid)
+
+    def round_rows(rows: slice) -> None:
+        groups = _in_groups(weight[rows], grid)
+        scale[rows] = _steps(groups, grid)
+        nearest = groups / scale[rows, :, None]
+        np.rint(nearest, out=nearest)
+        np.clip(nearest, grid.lowest, grid.highest, out=nearest)
+        levels[rows] = nearest.reshape(len(groups), -1)[:, : weight.shape[1]]
+
+    map_in_threads(round_rows, _few_rows(weight))
+    return Quantized(levels, scale, grid)
 
 
 def grid_scale(weight: np.ndarray, grid: Grid) -> np.ndarray:
@@ -45,7 +54,13 @@ def grid_scale(weight: np.ndarray, grid: Grid) -> np.ndarray:
     A scale per channel is max|w| / highest. One per block is signed, as in GGML's Q4_0: the entry that
     is largest in magnitude maps to the lowest level, which uses the whole range of the grid.
     """
-    return torch.cat([_steps(_in_groups(rows, grid), grid) for rows in _few_rows(weight)]).numpy()
+    scale = _empty_scale(weight, grid)
+
+    def scale_rows(rows: slice) -> None:
+        scale[rows] = _steps(_in_groups(weight[rows], grid), grid)
+
+    map_in_threads(scale_rows, _few_rows(weight))
+    return scale
 
 
 def scale_of_columns(scale: np.ndarray, grid: Grid, columns: int) -> np.ndarray:
@@ -72,28 +87,27 @@ def unpack_blocks(packed: np.ndarray, grid: Grid, columns: int) -> np.ndarray:
     return (packed.reshape(len(packed), -1)[:, :columns] - np.uint8(-grid.lowest)).view(np.int8)
 
 
-def _few_rows(weight: np.ndarray) -> Iterator[torch.Tensor]:
-    """The rows of [out, in], some at a time: what is made of them on the way stays in the caches."""
-    yield from torch.from_numpy(weight).split(max(1, WEIGHTS_AT_ONCE // weight.shape[1]))
+def _few_rows(weight: np.ndarray) -> Iterator[slice]:
+    rows = max(1, WEIGHTS_AT_ONCE // weight.shape[1])
+    return (slice(start, start + rows) for start in range(0, len(weight), rows))
 
 
-def _rounded(weight: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
-    groups = _in_groups(weight, grid)
-    scale = _steps(groups, grid)
-    levels = (groups / scale[..., None]).round_().clamp_(grid.lowest, grid.highest).to(torch.int8)
-    return levels.flatten(1)[:, : weight.shape[1]], scale
+def _empty_scale(weight: np.ndarray, grid: Grid) -> np.ndarray:
+    out, columns = weight.shape
+    return np.empty((out, -(-columns // (grid.block or columns))), np.float32)
 
 
-def _in_groups(weight: torch.Tensor, grid: Grid) -> torch.Tensor:
+def _in_groups(weight: np.ndarray, grid: Grid) -> np.ndarray:
     """Weights [out, groups, in / groups], of which each group has one scale; padded with zeros."""
     out, columns = weight.shape
     width = grid.block or columns
-    return F.pad(weight, (0, -columns % width)).reshape(out, -1, width)
+    missing = -columns % width
+    return (np.pad(weight, ((0, 0), (0, missing))) if missing else weight).reshape(out, -1, width)
 
 
-def _steps(groups: torch.Tensor, grid: Grid) -> torch.Tensor:
+def _steps(groups: np.ndarray, grid: Grid) -> np.ndarray:
     """What `grid_scale` says of weights [out, groups, in / groups]."""
-    high, low = groups.amax(2), groups.amin(2)
-    signed = torch.where(high >= -low, high, low)
-    peak, end = (signed.abs(), grid.highest) if grid.block is None else (signed, grid.lowest)
-    return torch.where(peak != 0, peak / end, 1.0)
+    high, low = groups.max(axis=2), groups.min(axis=2)
+    signed = np.where(high >= -low, high, low)
+    peak, end = (np.abs(signed), grid.highest) if grid.block is None else (signed, grid.lowest)
+    return np.where(peak != 0, peak / np.float32(end), np.float32(1))

@@ -104,7 +104,7 @@ def _gguf_zeros(
     for tensor in gguf_tensors(model, decoder):
         layer, _, kind = tensor.name.rpartition(".")
         if kind == "weight" and layer in expected:
-            yield layer, tensor.read().numpy() == 0, weights.linear(layer) == 0
+            yield layer, tensor.read().numpy() == 0, weights.zeros(layer)
 
 
 def _onnx_zeros(
@@ -120,7 +120,7 @@ def _zeros_of_layers(
     stored: np.ndarray, weights: Weights, layers: Sequence[str]
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """Layer by layer of those stored as one: the zeros of the graph and of the checkpoint, [out, in]."""
-    sources = [weights.linear(layer) == 0 for layer in layers]
+    sources = [weights.zeros(layer) for layer in layers]
     rows, inputs = sum(len(source) for source in sources), sources[0].shape[1]
     graph_zero = _zeros(stored, (rows, inputs))
     ends = np.cumsum([len(source) for source in sources])
