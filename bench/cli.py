@@ -137,7 +137,9 @@ def compare(
 def project(
     reports: Annotated[
         list[Path],
-        typer.Argument(help="report.json; of several at different --cores a serial part is fitted."),
+        typer.Argument(
+            help="report.json, or a sweep's .jsonl; of several at different --cores a serial part is fitted."
+        ),
     ],
     machine: Annotated[str | None, typer.Option(help="A known machine: xeon-6248r.")] = None,
     cores: Annotated[int | None, typer.Option(help="Cores of the machine.")] = None,

@@ -9,7 +9,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,7 +89,7 @@ def describe_machine(root: Path = ROOT) -> Machine:
         cpu_quota=cpu_quota(root),
         caches=_caches(root, cpus[0].number),
         governor=_read(root / f"sys/devices/system/cpu/cpu{cpus[0].number}/cpufreq/scaling_governor"),
-        clock_ghz=round(float(info["cpu MHz"]) / 1000, 3) if "cpu MHz" in info else None,
+        clock_ghz=_clock_ghz(root, cpus[0].number, info),
         hypervisor="hypervisor" in flags,
         memory_bytes=_meminfo(root)["MemTotal"],
         kernel=platform.release(),
@@ -237,6 +237,14 @@ def _nodes(root: Path) -> dict[int, int]:
         for node in folder.glob("node[0-9]*")
         for cpu in _numbers(_read(node / "cpulist") or "")
     }
+
+
+def _clock_ghz(root: Path, cpu: int, info: Mapping[str, str]) -> float | None:
+    """The base clock, or where the kernel does not say, the present one: an idle processor's is lower."""
+    base = _read(root / f"sys/devices/system/cpu/cpu{cpu}/cpufreq/base_frequency")
+    if base:
+        return round(int(base) / 1e6, 3)
+    return round(float(info["cpu MHz"]) / 1000, 3) if "cpu MHz" in info else None
 
 
 def _caches(root: Path, cpu: int) -> dict[str, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,6 +67,19 @@ def latest(points: Iterable[Point], settings: dict[str, Any]) -> list[Point]:
     """The last point of each precision and sparsity that was measured with `settings`, in their order."""
     found = {(point.quant, point.sparsity): point for point in points if point.settings == settings}
     return [found[key] for key in sorted(found)]
+
+
+def as_report(points: Sequence[Point]) -> Report:
+    """The newest points of one sweep as one report: the dense runs of the first, and all sparse runs."""
+    points = latest(points, points[-1].settings)
+    first = points[0].report
+    dense = tuple(run for run in first.runs if run.dense)
+    update = {
+        "artifact": f"{points[0].shape}, random weights",
+        "runs": (*dense, *(point.sparse for point in points)),
+        "comparisons": (),
+    }
+    return first.model_copy(update=update)
 
 
 def _point(path: Path, number: int, line: str) -> Point:

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict
 
 from ..errors import UserError
 from ..storage import write_text
+from .points import as_report, read_points
 from .present import markdown_table
 from .report import Report, Run, read_report
 
@@ -103,7 +104,8 @@ def project(
     check: str | Path | None = None,
     output: str | Path | None = None,
 ) -> Projection:
-    """Project bench reports of one machine to another, and write the result beside the first of them.
+    """Project bench reports of one machine, or sweeps (.jsonl), to another; the result is written beside the
+    first of them.
 
     The other is a known `machine` (xeon-6248r), of which `cores`, `bandwidth` (GB/s that the cores
     together can read) and `clock` (GHz) replace single figures, or is described by these alone. With
@@ -111,14 +113,24 @@ def project(
     what it measured. `output` defaults to <report>.<machine>.json; .md is written beside it. Raises
     UserError for reports that cannot be projected and machines that are not described.
     """
-    measured = [read_report(Path(report)) for report in reports]
-    checked = read_report(Path(check)) if check else None
+    measured = [_read(Path(report)) for report in reports]
+    checked = _read(Path(check)) if check else None
+    if checked and (machine or cores or bandwidth or clock):
+        raise UserError("--check projects to the machine of that report; leave out --machine and its figures")
     target = _target_of(checked) if checked else describe_target(machine, cores, bandwidth, clock)
     projection = project_reports(measured, target, checked)
     path = Path(output) if output else Path(reports[0]).with_suffix(f".{target.name}.json")
     write_text(path.with_suffix(".md"), to_markdown(projection))
     write_text(path, projection.model_dump_json(indent=2) + "\n")
     return projection
+
+
+def _read(path: Path) -> Report:
+    if path.suffix != ".jsonl":
+        return read_report(path)
+    if not path.exists() or not (points := read_points(path)):
+        raise UserError(f"{path} has no finished point of a sweep; give a report.json or a sweep's .jsonl")
+    return as_report(points)
 
 
 def describe_target(
@@ -150,7 +162,7 @@ def describe_target(
 def project_reports(reports: Sequence[Report], target: Target, checked: Report | None = None) -> Projection:
     """The projection of all runs that every one of `reports` has timed."""
     first = reports[0]
-    _require_alike(reports)
+    _require_alike([*reports, checked] if checked else reports)
     faster = _clock_ratio(first, target)
     names = [run.name for run in first.runs if all(_timed(report, run.name) for report in reports)]
     if not names:

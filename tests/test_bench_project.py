@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dlp_deploy.bench.points import Point, append_point
 from dlp_deploy.bench.project import describe_target, fit_amdahl, project, project_reports, to_markdown
 from dlp_deploy.bench.report import Report, to_json
 from dlp_deploy.errors import UserError
@@ -78,6 +79,31 @@ def test_a_known_machine_is_projected_to_and_marked(tmp_path: Path) -> None:
     assert all(line in text for line in projection.assumptions)
 
 
+def test_a_sweep_is_projected_with_all_its_points(tmp_path: Path) -> None:
+    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    for path, cores in ((one, 1), (two, 2)):
+        for sparsity in (0.5, 0.7):
+            times = np.full((3, 7), 100 * (1 - sparsity) / cores)
+            name = f"deepsparse-int8-s{100 * sparsity:g}"
+            append_point(
+                path,
+                Point(
+                    schema=1,
+                    shape="tinyllama-1.1b",
+                    quant="int8",
+                    sparsity=sparsity,
+                    settings={"cores": cores},
+                    measured=(),
+                    report=report({DENSE: 8 * times, name: times}, 0.001, cores=cores),
+                ),
+            )
+    projection = project([one], check=two)
+    assert [run.name for run in projection.runs] == [DENSE, "deepsparse-int8-s50", "deepsparse-int8-s70"]
+    assert [run.projected_ms for run in projection.runs] == pytest.approx([200, 25, 15])
+    assert [run.error for run in projection.runs] == pytest.approx([0, 0, 0])
+    assert (tmp_path / "one.check-2-cores.md").is_file()
+
+
 def test_what_cannot_be_projected_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     path.write_text(to_json(measured(1, 100, 0)))
@@ -89,6 +115,12 @@ def test_what_cannot_be_projected_is_refused(tmp_path: Path) -> None:
         project([path], cores=4, bandwidth=-1)
     with pytest.raises(UserError, match="cannot be read"):
         project([tmp_path / "none.json"], machine="xeon-6248r")
+    with pytest.raises(UserError, match="has no finished point"):
+        project([tmp_path / "none.jsonl"], machine="xeon-6248r")
+    with pytest.raises(UserError, match="--check projects to the machine of that report"):
+        project([path], machine="xeon-6248r", check=path)
     other = measured(2, 100, 0).model_copy(update={"artifact": "another"})
+    with pytest.raises(UserError, match="differ in more than cores"):
+        project_reports([measured(1, 100, 0)], describe_target("xeon-6248r", None, None, None), other)
     with pytest.raises(UserError, match="differ in more than cores"):
         project_reports([measured(1, 100, 0), other], describe_target("xeon-6248r", None, None, None))
