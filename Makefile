@@ -22,13 +22,13 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 $(DEMO_ARTIFACT)/manifest.json: | $(INSTALLED)
 	$(BIN)/dlp-deploy prune-export --model $(DEMO_MODEL) --sparsity 0.7 --method wanda --quant int8,fp32 \
-	    --baseline fp32,int8 --calib builtin --nsamples 64 --seqlen 512 --output $(DEMO_ARTIFACT) --resume
+	    --baseline fp32,int8,int4 --calib builtin --nsamples 64 --seqlen 512 --output $(DEMO_ARTIFACT) --resume
 
 demo: $(INSTALLED)
 	@if $(BIN)/dlp-deploy engine install deepsparse; then engine=deepsparse; else engine=onnxruntime; \
 	    echo "The demo goes on without DeepSparse; its sparse rows will be those of ONNX Runtime."; fi; \
 	$(MAKE) --no-print-directory $(DEMO_ARTIFACT)/manifest.json && \
-	$(BIN)/dlp-deploy bench $(DEMO_ARTIFACT) --engine $$engine --baseline fp32,int8 --force
+	$(BIN)/dlp-deploy bench $(DEMO_ARTIFACT) --engine $$engine --baseline fp32,int8,int4 --force
 
 test: lint typecheck pytest
 

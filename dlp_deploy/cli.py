@@ -104,7 +104,13 @@ Rounding = Annotated[
     str,
     typer.Option(help="How weights are quantized: gptq (chosen on text, more accurate) or nearest (faster)."),
 ]
-BlockSize = Annotated[int, typer.Option(help="Inputs that share a scale in ONNX Runtime's graphs.")]
+BlockSize = Annotated[
+    int | None,
+    typer.Option(
+        help="Inputs that share a scale in ONNX Runtime's graphs. Default: 32, and 128 in dense baselines.",
+        show_default=False,
+    ),
+]
 KeepFp32 = Annotated[
     str,
     typer.Option(
@@ -137,7 +143,7 @@ def prune_export_command(
     target: Targets = "deepsparse,onnxruntime",
     baseline: Baseline = "fp32,int8,int4",
     rounding: Rounding = "gptq",
-    block_size: BlockSize = 32,
+    block_size: BlockSize = None,
     keep_fp32: KeepFp32 = "none",
     activations: Activations = "dynamic",
     output: Output = None,
@@ -197,7 +203,7 @@ def export(
     target: Targets = "deepsparse,onnxruntime",
     baseline: Baseline = "fp32,int8,int4",
     rounding: Rounding = "gptq",
-    block_size: BlockSize = 32,
+    block_size: BlockSize = None,
     keep_fp32: KeepFp32 = "none",
     activations: Activations = "dynamic",
     force: Force = False,

@@ -22,7 +22,7 @@ def prune_export(
     target: str = "deepsparse,onnxruntime",
     baseline: str = "fp32,int8,int4",
     rounding: str = "gptq",
-    block_size: int = 32,
+    block_size: int | None = None,
     keep_fp32: str = "none",
     activations: str = "dynamic",
     output: str | Path | None = None,

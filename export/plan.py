@@ -14,8 +14,8 @@ from ..errors import UserError
 from .grid import Grid
 
 Rounding = Literal["gptq", "nearest"]
-# The finest and most accurate block of MatMulNBits.
-BLOCK_SIZE = 32
+# A fine block of MatMulNBits, which is accurate, and its fastest: what is compared with must be at its best.
+BLOCK_SIZE, BASELINE_BLOCK_SIZE = 32, 128
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 # Inputs that share a scale in llama.cpp's Q8_0 and Q4_0.
 GGUF_BLOCK = 32
@@ -101,7 +101,7 @@ def plan_graphs(
     target: str,
     baseline: str,
     rounding: str = "gptq",
-    block_size: int = BLOCK_SIZE,
+    block_size: int | None = None,
     keep_fp32: str = "none",
     activations: str = "dynamic",
 ) -> tuple[Graph, ...]:
@@ -114,7 +114,7 @@ def plan_graphs(
     for option, name, kind in (("rounding", rounding, Rounding), ("activations", activations, Activations)):
         if name not in get_args(kind):
             raise UserError(f"--{option} {name} is not known; it takes: {', '.join(get_args(kind))}")
-    if block_size not in BLOCK_SIZES:
+    if block_size not in (None, *BLOCK_SIZES):
         sizes = ", ".join(map(str, BLOCK_SIZES))
         raise UserError(f"--block-size {block_size}: ONNX Runtime takes {sizes}")
     precisions = split_list(quant, get_args(Precision), "--quant")
@@ -124,9 +124,16 @@ def plan_graphs(
             "--quant and --target each need at least one name; e.g. --quant int8 --target deepsparse"
         )
     checked: Any = {"rounding": rounding, "activations": activations}
-    make: Callable[..., Graph] = partial(Graph, block_size=block_size, keep_fp32=keep_fp32, **checked)
+    make: Callable[..., Graph] = partial(Graph, keep_fp32=keep_fp32, **checked)
+    own, dense_block = block_size or BLOCK_SIZE, block_size or BASELINE_BLOCK_SIZE
     sparse = [
-        make(engine, precision, False, engine if precision == precisions[0] else f"{engine}-{precision}")
+        make(
+            engine,
+            precision,
+            False,
+            engine if precision == precisions[0] else f"{engine}-{precision}",
+            block_size=own,
+        )
         for engine in engines
         for precision in precisions
     ]
@@ -135,7 +142,10 @@ def plan_graphs(
             f"--activations static means nothing for --target {target} --quant {quant}: "
             "only DeepSparse's int8 and int4 graphs scale activations themselves"
         )
-    dense = [make(*baseline_of(name), True, f"baseline/{name}") for name in split_baselines(baseline)]
+    dense = [
+        make(*baseline_of(name), True, f"baseline/{name}", block_size=dense_block)
+        for name in split_baselines(baseline)
+    ]
     if not sparse and not dense:
         raise UserError("--target none and --baseline none leave nothing to export")
     return (*sparse, *dense)

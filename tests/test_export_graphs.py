@@ -197,3 +197,11 @@ def test_plan_puts_the_first_precision_under_the_engines_name() -> None:
 def test_unknown_names_are_refused_by_name(arguments: tuple[str, str, str], named: str) -> None:
     with pytest.raises(UserError, match=named):
         plan_graphs(*arguments)
+
+
+def test_dense_baselines_have_the_fastest_blocks_unless_told() -> None:
+    assert [graph.block_size for graph in plan_graphs("int4", "onnxruntime", "int4")] == [32, 128]
+    assert [graph.block_size for graph in plan_graphs("int4", "onnxruntime", "int4", block_size=64)] == [
+        64,
+        64,
+    ]
