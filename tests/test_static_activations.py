@@ -145,8 +145,10 @@ def test_gptq_sees_the_inputs_as_the_engine_rounds_them(
     inputs = Int8Inputs(dict.fromkeys(decoder_linears(model), scale) if static else None)
     step = scale if static else seen[0].abs().amax(-1, keepdim=True) / 127
     rows = torch.round(seen[0] / step) * step
-    of_channels = torch.from_numpy(grid_scale(linear.weight.detach().numpy(), grid))
-    expected, _ = rounded(linear.weight, rows.T @ rows, of_channels, grid)
+    weight = linear.weight.detach()
+    ((expected, _),) = rounded(
+        [weight], rows.T @ rows, [torch.from_numpy(grid_scale(weight.numpy(), grid))], grid
+    )
     found = CalibratedWeights(checkpoint, files, text, grid, Grid(8), inputs, tmp_path).quantized(layer, grid)
     assert (torch.from_numpy(found.levels) == expected).float().mean() > 0.999
 

@@ -21,7 +21,9 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 os.environ["NM_DISABLE_ANALYTICS"] = "1"
@@ -78,7 +80,12 @@ class Session:
         """Engines for prompts of `prompt` tokens behind `fill` others, and for single tokens."""
         step = _prompt_step(prompt, fill, self._most_rows or prompt)
         length = _cache_length(context, prompt, step)
-        return _Cached([self._compiled(tokens, length, cached=True) for tokens in sorted({step, 1})[::-1]])
+        # Compiling is the work of one thread, and takes minutes for a large model: both at the same time.
+        with ThreadPoolExecutor(len(self._cores)) as pool:
+            compiled = partial(self._compiled, length=length, cached=True)
+            engines = list(pool.map(compiled, sorted({step, 1}, reverse=True)))
+        os.sched_setaffinity(0, self._cores[:1])
+        return _Cached(engines)
 
     def _compiled(self, tokens: int, length: int, cached: bool) -> _Compiled:
         # The engine binds the threads that it starts, by the affinity of this one, which works beside them.
