@@ -62,10 +62,11 @@ def graph_traffic(model: Path, decoder: Outline, skipped: float = 0.0) -> Traffi
     never as more than the matrix.
     """
     graph = onnx.load(str(model), load_external_data=False).graph
-    tables = _tables(graph)
+    tied = _transposed(graph)
+    tables = _tables(graph) - set(tied.values())
     sizes = {tensor.name: _bytes(tensor) for tensor in graph.initializer if tensor.name not in tables}
     # The head comes last and is never pruned.
-    *blocks, head = _matrices(graph, sizes)
+    *blocks, head = _matrices(graph, sizes, tied)
     kept = sum(min(m.bytes, (1 - skipped) * m.bytes + m.elements / 8) if skipped else m.bytes for m in blocks)
     others = sum(sizes.values()) - sum(m.bytes for m in blocks)
     return Traffic(
@@ -163,12 +164,22 @@ def _tables(graph: onnx.GraphProto) -> set[str]:
     return gathered | rotated
 
 
-def _matrices(graph: onnx.GraphProto, sizes: dict[str, int]) -> Iterator[_Matrix]:
+def _transposed(graph: onnx.GraphProto) -> dict[str, str]:
+    """The initializer behind each edge that is one transposed: an embedding that serves as head."""
+    stored = {tensor.name for tensor in graph.initializer}
+    return {
+        node.output[0]: node.input[0]
+        for node in graph.node
+        if node.op_type == "Transpose" and node.input[0] in stored
+    }
+
+
+def _matrices(graph: onnx.GraphProto, sizes: dict[str, int], tied: dict[str, str]) -> Iterator[_Matrix]:
     """The matrices that tokens are multiplied by, in the order of the graph."""
     dims = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
     for node in graph.node:
-        if node.op_type in PRODUCTS and node.input[1] in sizes:
-            name = node.input[1]
+        name = tied.get(node.input[1], node.input[1]) if len(node.input) > 1 else ""
+        if node.op_type in PRODUCTS and name in sizes:
             sides = {entry.name: entry.i for entry in node.attribute}
             elements = sides["K"] * sides["N"] if node.op_type == "MatMulNBits" else prod(dims[name])
             yield _Matrix(name, elements, sizes[name])

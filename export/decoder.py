@@ -40,9 +40,10 @@ class Weights:
 
     def linear(self, layer: str) -> np.ndarray:
         """Weight [out, in] of a linear layer; of the embedding where the head is tied to it."""
-        return self._oriented(layer, self.array(self._weight_name(layer)))
+        return self._oriented(layer, self.array(self.weight_name(layer)))
 
-    def _weight_name(self, layer: str) -> str:
+    def weight_name(self, layer: str) -> str:
+        """The tensor that is the weight of a linear layer: of a tied head, the embedding."""
         name = f"{layer}.weight"
         tied = layer == self._decoder.family.head and name not in self._names
         return f"{self._decoder.family.embedding}.weight" if tied else name
@@ -53,7 +54,7 @@ class Weights:
 
     def zeros(self, layer: str) -> np.ndarray:
         """Which weights of a linear layer are zero, bool [out, in]."""
-        return self._oriented(layer, (self._checkpoint.tensor(self._weight_name(layer)) == 0).numpy())
+        return self._oriented(layer, (self._checkpoint.tensor(self.weight_name(layer)) == 0).numpy())
 
     def quantized(self, layer: str, grid: Grid) -> Quantized:
         """The weight of a linear layer on a grid, each value rounded to the nearest level."""
@@ -90,10 +91,12 @@ class Norm:
 class Target(Protocol):
     """How one engine wants the parts of a decoder written.
 
-    `joins_linears` says that one product and slices of it are faster than a product for each layer.
+    `joins_linears` says that one product and slices of it are faster than a product for each layer;
+    `shares_embedding` that a tied head of fp32 may read the embedding, transposed as the engine loads it.
     """
 
     joins_linears: bool
+    shares_embedding: bool
 
     def begin(self, graph: GraphWriter) -> str:
         """Declare inputs and shared tensors; return the edge of the token ids."""
@@ -154,7 +157,10 @@ class _Walk:
 
     def embed(self, ids: str) -> str:
         family, graph = self.decoder.family, self.graph
-        embedding = graph.weight("embedding", self.weights.array(f"{family.embedding}.weight"))
+        name = f"{family.embedding}.weight"
+        embedding = graph.weight("embedding", self.weights.array(name))
+        if self.target.shares_embedding:
+            self.graph.shared[name] = embedding
         stream = graph.node("Gather", embedding, ids, name="embed")
         if family.scaled_embedding:
             scale = graph.scalar(self.decoder.embedding_scale)
@@ -248,11 +254,14 @@ def rms_norm(graph: GraphWriter, x: str, weight: str, epsilon: float, name: str)
 
 
 def fp32_linears(graph: GraphWriter, weights: Weights, x: str, layers: Sequence[str]) -> str:
-    """A plain matrix product; the weight is stored [in, out], as MatMul wants it."""
+    """A plain matrix product; the weight is stored [in, out], as MatMul wants it, unless the graph has it."""
     name = joint_name(layers)
-    stacked = np.concatenate([weights.linear(layer) for layer in layers])
-    product = graph.node("MatMul", x, graph.weight(f"{name}.weight", stacked.T), name=name)
-    return add_biases(graph, weights, product, layers)
+    if edge := graph.shared.get(weights.weight_name(layers[0])):
+        matrix = graph.node("Transpose", edge, name=f"{name}.weight", perm=[1, 0])
+    else:
+        stacked = np.concatenate([weights.linear(layer) for layer in layers])
+        matrix = graph.weight(f"{name}.weight", stacked.T)
+    return add_biases(graph, weights, graph.node("MatMul", x, matrix, name=name), layers)
 
 
 def keeping_fp32(linears: Linears, kept: Collection[str]) -> Linears:

@@ -36,6 +36,8 @@ class GraphWriter:
         self.ir_version = ir_version
         self.microsoft = microsoft
         self.weight_bytes = 0
+        # Edges that hold a whole tensor of the checkpoint, by its name, for those who can use them again.
+        self.shared: dict[str, str] = {}
         self._nodes: list[onnx.NodeProto] = []
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []

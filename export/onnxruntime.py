@@ -45,6 +45,7 @@ class OnnxRuntimeTarget:
     """
 
     joins_linears = False
+    shares_embedding = True
 
     def __init__(self, decoder: Decoder, tables: Sequence[Tables | None]) -> None:
         if decoder.head_dim % 8:

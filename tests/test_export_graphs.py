@@ -205,3 +205,16 @@ def test_dense_baselines_have_the_fastest_blocks_unless_told() -> None:
         64,
         64,
     ]
+
+
+def test_a_tied_head_is_stored_once_in_fp32_for_onnxruntime(
+    tmp_path: Path, tiny_checkpoint: Callable[[str], Path]
+) -> None:
+    checkpoint = tiny_checkpoint("llama-tied")
+    config = load_config(resolve_model(str(checkpoint)))
+    table = 4 * config.vocab_size * config.hidden_size
+    sizes = {}
+    for engine in ENGINES:
+        model = exported(tmp_path, checkpoint, engine, "fp32")
+        sizes[engine] = model.with_name("model.onnx.data").stat().st_size
+    assert sizes["deepsparse"] - sizes["onnxruntime"] > 0.9 * table
