@@ -23,12 +23,14 @@ from ..artifact import MANIFEST, Manifest, StoredFile, parse_manifest, read_mani
 from ..errors import UserError
 from ..progress import Advance, progress, say
 from ..storage import atomic_path, naming_full_disk, new_folder, refuse_existing
+from ..threads import map_in_threads
 from .pieces import DamagedPiece, decode, encode
 from .reshaped import restore_graph
 
 MAGIC = b"DLPPACK1"
 SUFFIX = ".dlp"
 PIECE = 1 << 20
+PIECES_AT_ONCE = 32
 # Far above any manifest; a damaged length must not be believed.
 MOST_MANIFEST_BYTES = 1 << 28
 _LENGTH = struct.Struct("<Q")
@@ -104,14 +106,20 @@ def _pack_file(source: Path, stored: StoredFile, stream: BinaryIO, advance: Adva
         if source.suffix == ".onnx":
             restore_graph(source, stored.sha256)
         with source.open("rb") as file:
-            while piece := file.read(PIECE):
-                digest.update(piece)
-                stream.write(_checked(piece))
-                advance(note=stored.path)
+            while pieces := _some_pieces(file):
+                for piece, form in zip(pieces, map_in_threads(_checked, pieces), strict=True):
+                    digest.update(piece)
+                    stream.write(form)
+                    advance(note=stored.path)
     except FileNotFoundError:
         raise UserError(f"{source} is missing; export the artifact again") from None
     if digest.hexdigest() != stored.sha256:
         raise UserError(f"{source} was altered after export (its SHA-256 differs); export it again")
+
+
+def _some_pieces(file: BinaryIO) -> list[bytes]:
+    """The next pieces of a file, to be worked on at the same time; none at its end."""
+    return [piece for _ in range(PIECES_AT_ONCE) if (piece := file.read(PIECE))]
 
 
 def _checked(piece: bytes) -> bytes:
