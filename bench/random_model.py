@@ -111,7 +111,9 @@ def graph_bytes(config: Any, engine: EngineName, precision: Precision, block_siz
     if engine == "llamacpp":
         return _gguf_bytes(grid, weights, table, products)
     if grid is None:
-        return 4 * (table + products)
+        # A tied table is stored once where the engine reads it as head too.
+        shared = engine == "onnxruntime" and decoder.tied_embeddings
+        return 4 * (products if shared else table + products)
     # DeepSparse knows no container smaller than int8.
     per_weight = 1.0 if engine == "deepsparse" else grid.bits / 8 + 4 / block_size
     return round(4 * table + per_weight * products)
