@@ -181,7 +181,9 @@ def inverse_factor(gram: torch.Tensor, order: torch.Tensor | None = None) -> tor
         lower = reordered(gram, backward.flip(0))
         damp(lower, damping)
         failed = torch.empty((), dtype=torch.int32, device=gram.device)
-        torch.linalg.cholesky_ex(lower, out=(lower, failed))
+        # LAPACK counts by columns: given rows, it would work on a copy. Here the two are the same matrix.
+        columns = lower.mT
+        torch.linalg.cholesky_ex(columns, upper=True, out=(columns, failed))
         if failed == 0:
             _invert_triangle(lower)
             _reverse(lower.view(-1))
