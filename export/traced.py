@@ -201,6 +201,9 @@ class _Unbiased(Weights):
     def array(self, name: str) -> np.ndarray:
         return self.weights.array(name)
 
+    def weight_name(self, layer: str) -> str:
+        return self.weights.weight_name(layer)
+
     def linear(self, layer: str) -> np.ndarray:
         return self.weights.linear(layer)
 
