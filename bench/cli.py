@@ -33,6 +33,7 @@ Context = Annotated[
     int | None, typer.Option(help="KV cache positions, filled to this depth. Default: prompt + new.")
 ]
 Repeats = Annotated[int, typer.Option(help="Rounds; in each, all runs take their turn.")]
+TimeLimit = Annotated[float, typer.Option(help="Seconds after which a silent engine is ended.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
 
 
@@ -56,7 +57,7 @@ def run(
     eval_data: Annotated[str, typer.Option(help="Text for the perplexity, as --calib of prune.")] = "builtin",
     eval_windows: Annotated[int, typer.Option(help="Windows for the perplexity; 0 leaves it out.")] = 16,
     eval_tokens: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
-    time_limit: Annotated[float, typer.Option(help="Seconds after which a silent engine is ended.")] = 3600,
+    time_limit: TimeLimit = 3600,
     output: Annotated[Path | None, typer.Option(help="report.json. Default: in <artifact>.bench/.")] = None,
     force: Force = False,
 ) -> None:
@@ -106,6 +107,7 @@ def sweep(
     context: Context = None,
     repeats: Repeats = 5,
     seed: Annotated[int, typer.Option(help="Seed of the random weights and tokens.")] = 0,
+    time_limit: TimeLimit = 3600,
     output: Annotated[Path | None, typer.Option(help="JSONL file. Default: sweep-<shape>.jsonl.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Measure all again.")] = False,
 ) -> None:

@@ -19,6 +19,8 @@ Status = Literal["ok", "wrong output", "failed"]
 
 # DeepSparse reads several tokens at once only where they begin at a multiple of as many, 16 at least.
 FILL_STEP = 16
+# Beyond that the operating system's timer does not count.
+LONGEST_LIMIT_S = 1e6
 # Positions at which outputs are compared at the depth that is timed.
 CHECKED_AT_DEPTH = 8
 
@@ -66,6 +68,14 @@ def check_lengths(prompt_tokens: int, new_tokens: int, repeats: int, context: in
         raise UserError(f"--context {context} is too short for prompt and new tokens; use {needed} or more")
     if context > positions:
         raise UserError(f"a context of {context} is longer than the {positions} positions of the model")
+
+
+def check_time_limit(seconds: float) -> None:
+    """Raise UserError for a time that no worker can be given."""
+    if not 0 < seconds <= LONGEST_LIMIT_S:
+        raise UserError(
+            f"--time-limit {seconds:g}: give seconds, more than none and at most {LONGEST_LIMIT_S:.0f}"
+        )
 
 
 def text_lengths(prompt_tokens: int, new_tokens: int, context: int) -> tuple[int, int]:

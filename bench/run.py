@@ -27,7 +27,7 @@ from .assemble import Roofs, compare_runs, describe_environment, measure_roofs, 
 from .caution import warnings
 from .machine import available_memory, busy_share, choose_cores, require_avx2
 from .measure import measure, measure_perplexity, total_noise
-from .outcome import Outcome, Workload, check_lengths, text_lengths
+from .outcome import Outcome, Workload, check_lengths, check_time_limit, text_lengths
 from .plan import Candidate, plan_runs
 from .plot import overview, roofline_figure, save
 from .present import to_csv, to_markdown
@@ -135,8 +135,7 @@ def _workload(
     """The tokens to time on, and those for the perplexity; both are real text."""
     context = request.context or request.prompt_tokens + request.new_tokens
     check_lengths(request.prompt_tokens, request.new_tokens, request.repeats, context, decoder.max_positions)
-    if request.time_limit <= 0:
-        raise UserError(f"--time-limit {request.time_limit:g}: give seconds, more than none")
+    check_time_limit(request.time_limit)
     tokenizer = load_tokenizer(files)
     length, after = text_lengths(request.prompt_tokens, request.new_tokens, context)
     text = np.ascontiguousarray(

@@ -43,6 +43,7 @@ from .sweep_plan import (
     random_workload,
 )
 from .sweep_report import write_sweep_report
+from .worker import TIME_LIMIT_S
 
 # Text to check outputs on: longer than a prompt step of any engine, and some single tokens.
 CHECKED, CHECKED_PROMPT = 80, 64
@@ -63,6 +64,7 @@ def sweep(
     context: int | None = None,
     repeats: int = 5,
     seed: int = 0,
+    time_limit: float = TIME_LIMIT_S,
     output: str | Path | None = None,
     force: bool = False,
 ) -> list[Point]:
@@ -73,7 +75,8 @@ def sweep(
     Runtime, or in llama.cpp where it is named (llamacpp-int8). With `blocks`, that many decoder blocks and
     half as many are measured and the whole model is extrapolated; without, so are only the models that
     memory does not hold. `block_size` weights share a scale in ONNX Runtime's int8 and int4; 128 is
-    fastest. Graphs are written beside the output and deleted.
+    fastest. An engine that gives no answer for `time_limit` seconds has failed, and its point is measured
+    again by the next sweep. Graphs are written beside the output and deleted.
 
     Each finished point is appended to `output` (sweep-<shape>.jsonl unless told), and points that are
     there already are not measured again, unless `force` starts anew; .md, .csv, .png and .svg are written
@@ -89,7 +92,7 @@ def sweep(
         blocks=blocks,
         block_size=block_size,
         seed=seed,
-        workload=random_workload(shape, cores, prompt_tokens, new_tokens, context, repeats, seed),
+        workload=random_workload(shape, cores, prompt_tokens, new_tokens, context, repeats, seed, time_limit),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     with _alone(path):

@@ -15,9 +15,10 @@ from ..families import decoder_of
 from .engines import engine_named, has_room
 from .environments import interpreter
 from .machine import available_memory, choose_cores, require_avx2
-from .outcome import Workload, check_lengths, text_lengths
+from .outcome import Workload, check_lengths, check_time_limit, text_lengths
 from .random_model import RandomModel, graph_bytes
 from .shapes import shape_config
+from .worker import TIME_LIMIT_S
 
 # A model that memory does not hold is measured with as many of these as it does, and half as many: the more
 # blocks, the less is noise multiplied.
@@ -70,6 +71,7 @@ class SweepPlan:
 
     @property
     def settings(self) -> dict[str, Any]:
+        """What must agree for two points to be of one sweep; how long a worker may be silent need not."""
         workload = self.workload
         return {
             "shape": self.shape,
@@ -170,10 +172,13 @@ def random_workload(
     context: int | None,
     repeats: int,
     seed: int,
+    time_limit: float = TIME_LIMIT_S,
 ) -> Workload:
+    """The tokens to time on, of a text drawn at random. Raises UserError for what cannot be timed."""
     decoder = decoder_of(shape_config(shape))
     positions = context or prompt_tokens + new_tokens
     check_lengths(prompt_tokens, new_tokens, repeats, positions, decoder.max_positions)
+    check_time_limit(time_limit)
     length, after = text_lengths(prompt_tokens, new_tokens, positions)
     ids = np.random.default_rng(seed).integers(0, decoder.vocabulary, length + after)
     return Workload(
@@ -184,4 +189,5 @@ def random_workload(
         context=positions,
         repeats=repeats,
         following=ids[length:],
+        time_limit_s=time_limit,
     )

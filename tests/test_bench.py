@@ -298,6 +298,7 @@ def test_no_baseline_means_no_speedup(artifact: Path, tmp_path: Path) -> None:
         ({"new_tokens": 1}, "--new-tokens 1"),
         ({"repeats": 0}, "--repeats 0"),
         ({"time_limit": 0}, "--time-limit 0: give seconds"),
+        ({"time_limit": float("nan")}, "--time-limit nan: give seconds"),
         ({"eval_data": "no-such-text.txt"}, "no-such-text.txt"),
     ],
 )

@@ -8,6 +8,7 @@ import json
 import shutil
 from collections import namedtuple
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
+from dlp_deploy.bench import pool
+from dlp_deploy.bench import sweep as sweeps
 from dlp_deploy.bench.caution import warnings
+from dlp_deploy.bench.engines import engine_named
 from dlp_deploy.bench.environments import install
 from dlp_deploy.bench.extrapolate import extrapolate
 from dlp_deploy.bench.points import Point, read_points
@@ -36,6 +40,25 @@ from dlp_deploy.models import resolve_model
 from .bench_reports import DENSE, environment, report
 
 QUICK: dict[str, Any] = {"cores": 1, "prompt_tokens": 20, "new_tokens": 6, "repeats": 2}
+HANGING = """
+import os, time
+from engine_workers import onnxruntime
+
+class Session(onnxruntime.Session):
+    texts = 0
+
+    def load(self, model, *lengths, **named):
+        self.hangs = "s75" in model
+        super().load(model, *lengths, **named)
+
+    def restart(self):
+        super().restart()
+        self.texts += 1
+        # The texts are: the beginning, the check at depth, two warm-ups, and the rounds.
+        if self.hangs and self.texts == 6:
+            os.write(2, b"error: waits for a lock\\n")
+            time.sleep(600)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +155,29 @@ def test_a_sweep_goes_on_where_it_was_killed(shape: str, tmp_path: Path) -> None
         sweep(shape, sparsity="0.5", **options)
 
 
+def test_a_run_that_hangs_in_a_sweep_is_ended_and_measured_again(
+    shape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "hanging.py").write_text(HANGING)
+    output = tmp_path / "s.jsonl"
+    options = QUICK | {"engine": "onnxruntime", "quant": "fp32", "baseline": "fp32", "output": output}
+    options |= {"sparsity": "0.5,0.75"}
+    with monkeypatch.context() as patched:
+        hanging = replace(engine_named("onnxruntime"), worker=str(tmp_path / "hanging.py"))
+        patched.setattr(sweeps, "engine_named", lambda name: hanging)
+        patched.setattr(pool, "WARM_UPS", 2)
+        whole, ended = sweep(shape, time_limit=15, **options)
+    assert (whole.is_whole, ended.is_whole) == (True, False)
+    said = "gave no answer for 15 s and was ended; its last words: error: waits for a lock"
+    assert said in ended.sparse.reason
+    assert [len(run.samples) for run in ended.report.runs] == [2, 1]
+    # Another limit is the same sweep: only the point that is not whole is measured again.
+    again = sweep(shape, time_limit=600, **options)
+    assert again[0] == whole
+    assert again[1].is_whole
+    assert len(read_points(output)) == 3
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -144,6 +190,7 @@ def test_a_sweep_goes_on_where_it_was_killed(shape: str, tmp_path: Path) -> None
         ({"blocks": 1}, "--blocks 1: extrapolation needs 2 or more"),
         ({"context": 25}, "--context 25 is too short"),
         ({"cores": 1000}, "--cores 1000: this machine has"),
+        ({"time_limit": float("inf")}, "--time-limit inf: give seconds"),
     ],
 )
 def test_what_cannot_be_swept_is_refused(
