@@ -169,7 +169,8 @@ class Export(_Stored):
     masks by `rounded_to_zero`, the share of kept weights that quantization made zero. `rounding` is
     "gptq" or "nearest", None in fp32; `block_size` the inputs that share a scale, None for all;
     `kept_fp32` the layers that were not quantized. `activations` says whether those in int8 have a scale
-    per token, dynamic, or per layer, static; None where none are.
+    per token, dynamic, or per layer, static; None where none are. `calibration` is the text that any of
+    this was measured on; None where nothing was, and in graphs of releases that did not record it.
     """
 
     path: GraphPath
@@ -184,6 +185,7 @@ class Export(_Stored):
     block_size: int | None = None
     kept_fp32: tuple[str, ...] = ()
     activations: Activations | None = None
+    calibration: CalibrationRecord | None = None
     checks: tuple[OutputCheck, ...] = ()
     notes: tuple[str, ...] = ()
 

@@ -45,13 +45,13 @@ class TokenWindows:
 
 
 def calibration_windows(
-    spec: str, tokenizer: Any, nsamples: int | None, seqlen: int, seed: int
+    spec: str, tokenizer: Any, nsamples: int | None, seqlen: int, seed: int, *, shorter: bool = False
 ) -> TokenWindows:
     """Draw `nsamples` windows of `seqlen` tokens at random places of the calibration part of a text.
 
     Windows do not overlap where the text is long enough for that; None takes as many as there are (but
-    c4 has too many for that). Raises UserError when the text is unknown, unreadable, out of reach, or
-    shorter than one window.
+    c4 has too many for that). With `shorter`, windows are as long as a text that is shorter than `seqlen`.
+    Raises UserError when the text is unknown, unreadable, out of reach, or shorter than one window.
     """
     _check_sizes(1 if nsamples is None else nsamples, seqlen)
     draw = random.Random(seed)
@@ -61,6 +61,7 @@ def calibration_windows(
         windows = _windows_of_documents(_c4("calibration"), tokenizer, nsamples, seqlen, draw)
     else:
         tokens = _encode(tokenizer, _text(spec, "calibration"))
+        seqlen = min(seqlen, max(len(tokens), 2)) if shorter else seqlen
         _check_length(spec, tokens, seqlen)
         starts = _starts(len(tokens), nsamples or len(tokens) // seqlen, seqlen, draw)
         windows = [tokens[start : start + seqlen] for start in starts]

@@ -33,6 +33,7 @@ from .options import (
     Output,
     Pattern,
     Quant,
+    QuantizationText,
     RecipeOption,
     Resume,
     Rounding,
@@ -144,6 +145,7 @@ def export(
     block_size: BlockSize = None,
     keep_fp32: KeepFp32 = "none",
     activations: Activations = "dynamic",
+    calib: QuantizationText = None,
     force: Force = False,
 ) -> None:
     """The second half of prune-export: add verified ONNX graphs to an artifact.

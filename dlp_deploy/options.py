@@ -39,6 +39,13 @@ Calib = Annotated[
     str,
     typer.Option(help="Calibration text: c4, wikitext2, ptb, builtin (offline), or a .txt or .jsonl file."),
 ]
+QuantizationText = Annotated[
+    str | None,
+    typer.Option(
+        help="Text to quantize on, as named for prune. Default: the one that the artifact was pruned on.",
+        show_default=False,
+    ),
+]
 Samples = Annotated[int, typer.Option(help="Calibration windows.")]
 Length = Annotated[int, typer.Option(help="Tokens per calibration window.")]
 Seed = Annotated[int, typer.Option(help="Seed for the choice of calibration windows.")]

@@ -35,17 +35,20 @@ def prune_export(
     """Prune `model`, export it, and return the artifact's folder: `prune`, then `export`, see there.
 
     The folder gets its name when both are done. With `resume` an interrupted run goes on behind the
-    last finished block or graph. Raises UserError for what the user can mend.
+    last finished block or graph. Text `calib` is what is pruned on and what is quantized on. Raises
+    UserError for what the user can mend.
     """
     graphs = plan_graphs(quant, target, baseline, rounding, block_size, keep_fp32, activations)
     require_engines(graphs)
     # Imported here: a wrong precision must not cost the import of torch to be told.
-    from .export.add import add_graphs
+    from .export.add import add_graphs, text_for
     from .export.exportable import require_exportable
     from .models import resolve_model
     from .pruning import prune
 
-    require_exportable(resolve_model(model), graphs)
+    files = resolve_model(model)
+    require_exportable(files, graphs)
+    text = text_for(files, graphs, calib)
     return prune(
         model,
         sparsity=sparsity,
@@ -64,5 +67,5 @@ def prune_export(
         resume=resume,
         force=force,
         suffix=f"-{graphs[0].precision}",
-        then=lambda folder, dense: add_graphs(folder, graphs, dense),
+        then=lambda folder, dense: add_graphs(folder, graphs, text, dense),
     )

@@ -16,6 +16,7 @@ def export(
     block_size: int | None = None,
     keep_fp32: str = "none",
     activations: str = "dynamic",
+    calib: str | None = None,
     force: bool = False,
 ) -> Path:
     """Add ONNX graphs to an artifact that prune made, and return its folder.
@@ -29,15 +30,18 @@ def export(
     that are not quantized, as patterns, or is "auto": those that lose most for their size, until the weights
     have grown by 5 %. `activations` is how DeepSparse's int8 and int4 graphs scale what enters a linear
     layer: "dynamic" (each token by its own largest entry) or "static" (by one scale per layer, measured on
-    text); ONNX Runtime scales it as it runs.
+    text); ONNX Runtime scales it as it runs. `calib` is the text that all of this is measured on, as for
+    pruning; None is the text that the artifact was pruned on or, where pruning read none, the built-in one.
 
     Each graph is checked (structure, zeros, logits against torch) before it gets its final name and takes
     the place of an older one; until then nothing of the artifact is changed. A graph of another precision
     that is in an engine's own folder stays there, unless it is asked for again. After an interruption the
     same call goes on behind the last finished graph (with `force` it begins anew).
 
-    Raises UserError for unknown names, for what cannot be exported, when another run writes to the artifact,
-    and without `force` for graphs that are there, all of them or one that was made in another way.
+    Raises UserError for unknown names, for what cannot be exported, when the text is out of reach, when the
+    dense model is not the one that was pruned, when another run writes to the artifact, and without `force`
+    for graphs that are there, all of them or one that was made in another way or on another text. (Of graphs
+    of older releases, which did not record their text, it is taken to be the same.)
     """
     # Imported here: naming a precision must not cost the import of torch.
     from ..unfinished import alone_in
@@ -49,5 +53,6 @@ def export(
     require_engines(graphs)
     read_manifest(folder)
     with alone_in(folder):
-        add_graphs(folder, prepared_graphs(folder, graphs, force), anew=force)
+        placed, text = prepared_graphs(folder, graphs, calib, force)
+        add_graphs(folder, placed, text, anew=force)
     return folder

@@ -20,6 +20,8 @@ from ..artifact import (
     read_manifest,
     write_manifest,
 )
+from ..calibration import TokenWindows
+from ..checkpoint import open_checkpoint
 from ..errors import UserError
 from ..families import Outline
 from ..models import ModelFiles, load_config, resolve_model
@@ -28,46 +30,100 @@ from ..recipes.plan import group_size_of, recipe_from_pruning
 from ..recipes.recipe import Recipe, write_recipe
 from ..storage import drop_leftovers, replace_folder
 from ..unfinished import LOCK, WORK
+from .calibrated import quantization_text
 from .exportable import require_exportable
 from .plan import Graph
 from .publish import export_graphs, finished_export
 
 
+def text_for(files: ModelFiles, graphs: Sequence[Graph], spec: str) -> TokenWindows | None:
+    """The windows of text `spec` that `graphs` are quantized on; None where none of them reads any.
+
+    Raises UserError when the text cannot be had.
+    """
+    if not any(graph.reads_text for graph in graphs):
+        return None
+    return quantization_text(files, outline_of(load_config(files)).max_positions, spec)
+
+
+def _text_of(
+    artifact: Path, manifest: Manifest, graphs: Sequence[Graph], calib: str | None
+) -> TokenWindows | None:
+    """The same for an artifact: text `calib`, or None for the one that it was pruned on. Where pruning read
+    none it is that of the graphs there are, and for the first of them the built-in text.
+
+    Raises UserError when the text cannot be had: a file may have been moved since pruning.
+    """
+    files = _pruned_files(artifact, manifest)
+    earlier = (manifest.pruning.calibration, *(export.calibration for export in manifest.exports))
+    known = next((record.source for record in earlier if record is not None), None)
+    if calib is not None or known is None:
+        return text_for(files, graphs, calib or "builtin")
+    try:
+        return text_for(files, graphs, known)
+    except UserError as error:
+        raise UserError(
+            f"{error}; {artifact} was made on this text: name another one to quantize on with --calib"
+        ) from None
+
+
 def add_graphs(
-    artifact: Path, graphs: Sequence[Graph], dense: ModelFiles | None = None, anew: bool = False
+    artifact: Path,
+    graphs: Sequence[Graph],
+    text: TokenWindows | None,
+    dense: ModelFiles | None = None,
+    anew: bool = False,
 ) -> None:
     """Export `graphs` into `artifact`, and list each in its manifest as soon as it is verified.
 
-    `dense` is the unpruned model; None fetches the one that the manifest names, if a graph needs it.
-    Graphs that are there already, made as asked for, are kept and listed, unless `anew`; others take the
-    place of what is in their folder. Raises UserError when the checkpoint was altered.
+    `text` is what they are quantized on, if they read any. `dense` is the unpruned model; None fetches the
+    one that the manifest names, if a graph needs it. Graphs that are there already, made as asked for, are
+    kept and listed, unless `anew`; others take the place of what is in their folder. Raises UserError when
+    the checkpoint was altered, and when the dense model is not the one that was pruned.
     """
     manifest = read_manifest(artifact)
     pruned = _pruned_files(artifact, manifest)
     for folder in {(artifact / graph.folder).parent for graph in graphs}:
         drop_leftovers(folder)
-    missing = list(graphs) if anew else _without_finished(artifact, pruned, graphs)
+    missing = list(graphs) if anew else _without_finished(artifact, pruned, graphs, text)
     if not missing:
         return
     check_files(artifact, manifest, (f"{CHECKPOINT}/",))
     if dense is None and any(graph.dense for graph in missing):
-        dense = resolve_model(manifest.source.location)
-    export_graphs(artifact, pruned, dense, missing, partial(_publish, artifact, pruned))
+        dense = _dense_model(manifest)
+    export_graphs(artifact, pruned, dense, missing, text, partial(_publish, artifact, pruned))
 
 
-def prepared_graphs(artifact: Path, graphs: Sequence[Graph], force: bool) -> tuple[Graph, ...]:
-    """`graphs`, each in the folder where there is a place for it. Changes nothing.
+def _dense_model(manifest: Manifest) -> ModelFiles:
+    """The model that was pruned, from where it was. Raises UserError when another one is there now."""
+    source = manifest.source
+    dense = resolve_model(source.location)
+    if open_checkpoint(dense).sha256 != source.sha256:
+        raise UserError(
+            f"{source.location} is not the model that was pruned (the SHA-256 of its weights differs): "
+            "put that one back, or export with --baseline none"
+        )
+    return dense
 
-    Raises UserError for those that the model cannot be exported to, and unless `force` for one that is there
-    in another folder or made in another way, and when all are there: then there is nothing to go on with.
+
+def prepared_graphs(
+    artifact: Path, graphs: Sequence[Graph], calib: str | None, force: bool
+) -> tuple[tuple[Graph, ...], TokenWindows | None]:
+    """`graphs`, each in the folder where there is a place for it, and the text that they are quantized on,
+    if any: `calib`, or by default the one that the artifact was made on. Changes nothing.
+
+    Raises UserError for those that the model cannot be exported to, for a text out of reach, and unless
+    `force` for a graph that is there in another folder, made in another way or on another text, and when all
+    are there: then there is nothing to go on with.
     """
     manifest = read_manifest(artifact)
     pruned = _pruned_files(artifact, manifest)
     require_exportable(pruned, graphs)
+    text = _text_of(artifact, manifest, graphs, calib)
     placed = _placed(manifest, graphs)
     if not force:
-        _refuse_existing(artifact, manifest, outline_of(load_config(pruned)), placed)
-    return placed
+        _refuse_existing(artifact, manifest, outline_of(load_config(pruned)), placed, text)
+    return placed, text
 
 
 def _placed(manifest: Manifest, graphs: Sequence[Graph]) -> tuple[Graph, ...]:
@@ -86,12 +142,14 @@ def _placed(manifest: Manifest, graphs: Sequence[Graph]) -> tuple[Graph, ...]:
     return tuple(placed(graph) for graph in graphs)
 
 
-def _refuse_existing(artifact: Path, manifest: Manifest, decoder: Outline, graphs: Sequence[Graph]) -> None:
+def _refuse_existing(
+    artifact: Path, manifest: Manifest, decoder: Outline, graphs: Sequence[Graph], text: TokenWindows | None
+) -> None:
     unlisted = []
     for graph in graphs:
         alike = manifest.export_for(graph.engine, graph.precision, graph.dense)
         folder = artifact / (alike.path if alike else graph.folder)
-        finished = finished_export(artifact, graph, decoder)
+        finished = finished_export(artifact, graph, decoder, text)
         if folder.exists() and (finished is None or folder != artifact / graph.folder):
             raise UserError(f"{folder} exists; add --force to replace it")
         if finished is None or finished != alike:
@@ -100,12 +158,14 @@ def _refuse_existing(artifact: Path, manifest: Manifest, decoder: Outline, graph
         raise UserError(f"{artifact / graphs[0].folder} exists; add --force to replace it")
 
 
-def _without_finished(artifact: Path, pruned: ModelFiles, graphs: Sequence[Graph]) -> list[Graph]:
+def _without_finished(
+    artifact: Path, pruned: ModelFiles, graphs: Sequence[Graph], text: TokenWindows | None
+) -> list[Graph]:
     """Those of `graphs` that are not there yet; the others are listed in the manifest, if need be."""
     decoder = outline_of(load_config(pruned))
     missing = []
     for graph in graphs:
-        finished = finished_export(artifact, graph, decoder)
+        finished = finished_export(artifact, graph, decoder, text)
         if finished is None:
             missing.append(graph)
         elif finished not in read_manifest(artifact).exports:

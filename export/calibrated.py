@@ -14,7 +14,7 @@ import torch
 
 from ..activations import measure_inputs
 from ..blocks import BlockModel
-from ..calibration import calibration_windows
+from ..calibration import TokenWindows, calibration_windows
 from ..checkpoint import Checkpoint
 from ..hidden import HiddenStates
 from ..models import ModelFiles, load_tokenizer
@@ -28,10 +28,14 @@ WINDOWS = 16
 TOKENS_PER_WINDOW = 512
 
 
-def quantization_text(files: ModelFiles, longest: int) -> torch.Tensor:
-    """The text that smoothing and rounding are measured on, int64 [windows, length]: the built-in one."""
+def quantization_text(files: ModelFiles, longest: int, spec: str = "builtin") -> TokenWindows:
+    """The windows of text `spec` that smoothing and rounding are measured on, of at most `longest` tokens.
+
+    Raises UserError as `calibration_windows` does, but not for a text that is shorter than a window.
+    """
     length = min(TOKENS_PER_WINDOW, longest)
-    return calibration_windows("builtin", load_tokenizer(files), WINDOWS, length, 0).ids
+    # One seed for all: what is measured on the same text can be compared, however the model was pruned.
+    return calibration_windows(spec, load_tokenizer(files), WINDOWS, length, seed=0, shorter=True)
 
 
 class CalibratedWeights(Weights):

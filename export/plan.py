@@ -63,6 +63,12 @@ class Graph:
         return self.rounding == "gptq" and (self.int8_inputs or self.precision == "int4")
 
     @property
+    def reads_text(self) -> bool:
+        """Whether anything is measured on text: rounding, smoothing and scales, or which layers stay fp32."""
+        quantized = self.grid is not None
+        return quantized and (self.calibrated or self.int8_inputs or self.keep_fp32 == "auto")
+
+    @property
     def label(self) -> str:
         return f"{self.engine} {self.precision} {'dense' if self.dense else 'sparse'}"
 

@@ -18,13 +18,15 @@ from ..artifact import CHECKPOINT, Activations, Export, OutputCheck
 from ..bench.engines import Engine, engine_named, has_room
 from ..bench.environments import list_engines
 from ..bench.machine import available_memory
+from ..calibration import TokenWindows
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..families import Outline, decoder_of
 from ..models import ModelFiles, load_config
 from ..outline import outline_of
 from ..progress import progress, say
+from ..pruning import calibration_record
 from ..storage import naming_full_disk, partial_folder, replace_folder, sync_files, write_text
-from .calibrated import CalibratedWeights, quantization_text
+from .calibrated import CalibratedWeights
 from .companions import write_companions
 from .decoder import Weights
 from .inputs import Int8Inputs
@@ -48,9 +50,13 @@ RECORD = "export.json"
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint to export, and what is learnt from running it in torch (when first asked for)."""
+    """A checkpoint to export, and what is learnt from running it in torch (when first asked for).
+
+    `text` is what quantization is measured on; None where no graph needs any.
+    """
 
     files: ModelFiles
+    text: TokenWindows | None
     # By the share of an outlier that they move.
     smoothings: dict[float, Smoothing] = field(default_factory=dict)
 
@@ -58,9 +64,12 @@ class Source:
     def reference(self) -> Reference:
         return torch_reference(self.files)
 
-    @cached_property
-    def text(self) -> torch.Tensor:
-        return quantization_text(self.files, self.decoder.max_positions)
+    @property
+    def ids(self) -> torch.Tensor:
+        """int64 [windows, length]."""
+        if self.text is None:
+            raise ValueError(f"there is no text to quantize {self.files.location} on")
+        return self.text.ids
 
     @cached_property
     def decoder(self) -> Outline:
@@ -70,7 +79,7 @@ class Source:
         migration = STATIC_MIGRATION if graph.activations == "static" else MIGRATION
         if migration not in self.smoothings:
             checkpoint = open_checkpoint(self.files)
-            self.smoothings[migration] = measure_smoothing(self.files, checkpoint, self.text, migration)
+            self.smoothings[migration] = measure_smoothing(self.files, checkpoint, self.ids, migration)
         return self.smoothings[migration]
 
     def checkpoint(self, graph: Graph) -> Checkpoint:
@@ -94,7 +103,7 @@ class Source:
             return named_layers(graph.keep_fp32, self.decoder.linear_groups())
         checkpoint = self.checkpoint(graph)
         costs = measure_costs(
-            self.files, checkpoint, self.text, graph.grid, graph.head_grid, self.inputs(graph)
+            self.files, checkpoint, self.ids, graph.grid, graph.head_grid, self.inputs(graph)
         )
         return choose_kept(costs, graph.grid)
 
@@ -109,7 +118,7 @@ class Source:
             yield CalibratedWeights(
                 checkpoint,
                 self.files,
-                self.text,
+                self.ids,
                 graph.grid,
                 graph.head_grid,
                 self.inputs(graph),
@@ -123,15 +132,17 @@ def export_graphs(
     pruned: ModelFiles,
     dense: ModelFiles | None,
     graphs: Sequence[Graph],
+    text: TokenWindows | None,
     publish: Callable[[Path, Export], None] | None = None,
 ) -> tuple[Export, ...]:
     """Write and verify `graphs` below `artifact`, each in place of what is in its folder.
 
-    `dense` is the unpruned model, needed for baselines only. `publish` gives a finished folder its final
+    `dense` is the unpruned model, needed for baselines only; `text` what graphs are quantized on, needed for
+    those that read any (`Graph.reads_text`). `publish` gives a finished folder its final
     name, as soon as it is verified. Raises VerificationError; whatever is raised, nothing is left of the
     failing graph, and what was there before it still is.
     """
-    sources = {False: Source(pruned)} | ({True: Source(dense)} if dense else {})
+    sources = {False: Source(pruned, text)} | ({True: Source(dense, text)} if dense else {})
 
     def put(folder: Path, export: Export) -> None:
         replace_folder(folder, artifact / export.path)
@@ -165,15 +176,19 @@ def _removed_on_failure(folder: Path) -> Iterator[None]:
         raise
 
 
-def finished_export(artifact: Path, graph: Graph, decoder: Outline) -> Export | None:
-    """What is in the folder of `graph`, if that is finished and made as `graph` asks for."""
+def finished_export(
+    artifact: Path, graph: Graph, decoder: Outline, text: TokenWindows | None
+) -> Export | None:
+    """What is in the folder of `graph`, if that is finished and made as `graph` asks for, on `text`."""
     record = artifact / graph.folder / RECORD
     try:
         found = Export.model_validate_json(record.read_bytes())
     except (FileNotFoundError, NotADirectoryError, ValidationError):
         return None
+    if not (_is_export_of(found, graph, decoder) and _measured_on(found, graph, text)):
+        return None
     # Its folder may have been moved since.
-    return found.model_copy(update={"path": graph.folder}) if _is_export_of(found, graph, decoder) else None
+    return found.model_copy(update={"path": graph.folder})
 
 
 def _write_and_verify(folder: Path, checkpoint: Path, source: Source, graph: Graph) -> Export:
@@ -205,6 +220,7 @@ def _write_and_verify(folder: Path, checkpoint: Path, source: Source, graph: Gra
         block_size=block_size,
         kept_fp32=kept,
         activations=activations,
+        calibration=calibration_record(source.text) if source.text and graph.reads_text else None,
         checks=checks,
         notes=(*written.notes, *notes),
     )
@@ -226,6 +242,14 @@ def _is_export_of(export: Export, graph: Graph, decoder: Outline) -> bool:
         and quantization == _quantization(graph)
         and _keeps_as_asked(export, graph, decoder)
     )
+
+
+def _measured_on(export: Export, graph: Graph, text: TokenWindows | None) -> bool:
+    """Whether a graph that reads text has read this one. One that does not say, as older releases did not
+    record it, counts as if: else an artifact's graphs would all be made anew for the next one."""
+    if not graph.reads_text or export.calibration is None:
+        return True
+    return text is not None and export.calibration.sha256 == text.sha256
 
 
 def _keeps_as_asked(export: Export, graph: Graph, decoder: Outline) -> bool:

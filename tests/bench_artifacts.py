@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dlp_deploy.artifact import CHECKPOINT
+from dlp_deploy.export.add import text_for
 from dlp_deploy.export.plan import plan_graphs
 from dlp_deploy.export.publish import export_graphs
 from dlp_deploy.models import resolve_model
@@ -21,10 +22,7 @@ def exported_artifact(
 ) -> Path:
     artifact = pruned(checkpoint, output)
     graphs = plan_graphs(quant, target, baseline)
-    sealed(
-        artifact,
-        export_graphs(
-            artifact, resolve_model(str(artifact / CHECKPOINT)), resolve_model(str(checkpoint)), graphs
-        ),
-    )
+    files = resolve_model(str(artifact / CHECKPOINT))
+    text = text_for(files, graphs, "builtin")
+    sealed(artifact, export_graphs(artifact, files, resolve_model(str(checkpoint)), graphs, text))
     return artifact

@@ -19,6 +19,7 @@ from dlp_deploy.bench.environments import install
 from dlp_deploy.checkpoint import open_checkpoint
 from dlp_deploy.errors import UserError
 from dlp_deploy.export.activation import ACTIVATIONS, activate
+from dlp_deploy.export.add import text_for
 from dlp_deploy.export.decoder import Weights
 from dlp_deploy.export.deepsparse import DeepSparseTarget
 from dlp_deploy.export.graph import GraphWriter
@@ -48,7 +49,8 @@ def test_pruned_exported_and_verified_in_the_real_engines(
     windowed = any(described(kind).windows)
     engines = ["deepsparse"] + (["onnxruntime"] if computes_windows() or not windowed else [])
     graphs = plan_graphs(precision, ",".join(engines), "none")
-    exports = export_graphs(artifact, resolve_model(str(artifact / CHECKPOINT)), None, graphs)
+    files = resolve_model(str(artifact / CHECKPOINT))
+    exports = export_graphs(artifact, files, None, graphs, text_for(files, graphs, "builtin"))
     assert [export.engine for export in exports] == engines
     compared = {(check.engine, check.reference) for export in exports for check in export.checks}
     assert compared >= {("deepsparse", "torch"), ("onnxruntime", "torch")}

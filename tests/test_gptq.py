@@ -181,7 +181,7 @@ def test_a_model_rounded_block_by_block_is_closer_to_itself(
 ) -> None:
     files = resolve_model(str(tiny_checkpoint(kind)))
     checkpoint, decoder = open_checkpoint(files), decoder_of(load_config(files))
-    text = quantization_text(files, decoder.max_positions)
+    text = quantization_text(files, decoder.max_positions).ids
     calibrated = CalibratedWeights(checkpoint, files, text, Grid(4, 16), Grid(4, 16), None, tmp_path)
     nearest = logit_error(files, Weights(checkpoint, decoder), text[:4])
     assert logit_error(files, calibrated, text[:4]) < 0.9 * nearest

@@ -57,7 +57,7 @@ def block_output(model: torch.nn.Module, index: int, ids: torch.Tensor) -> torch
 
 def test_a_cost_is_how_far_the_block_moves_when_transformers_runs_it(llama_folder: Path) -> None:
     files, model = resolve_model(str(llama_folder)), torch_model(llama_folder)
-    text = quantization_text(files, 128)
+    text = quantization_text(files, 128).ids
     found = measure_costs(files, open_checkpoint(files), text, Grid(4), Grid(8), inputs=None)
     assert len(found) == 4 * model.config.num_hidden_layers + 1
     exact = block_output(model, 1, text[:4])

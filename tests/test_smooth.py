@@ -45,7 +45,7 @@ def with_weights(folder: Path, weights: Weights) -> torch.nn.Module:
 
 def smoothed_weights(files: ModelFiles) -> Weights:
     checkpoint, decoder = open_checkpoint(files), decoder_of(load_config(files))
-    text = quantization_text(files, decoder.max_positions)
+    text = quantization_text(files, decoder.max_positions).ids
     smoothing = measure_smoothing(files, checkpoint, text)
     return Weights(smoothed_checkpoint(checkpoint, decoder, smoothing), decoder)
 

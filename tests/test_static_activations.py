@@ -73,7 +73,7 @@ def test_scales_hold_all_that_the_smoothed_model_reads(
 ) -> None:
     files = resolve_model(str(tiny_checkpoint(kind)))
     checkpoint, decoder = open_checkpoint(files), decoder_of(load_config(files))
-    text = quantization_text(files, decoder.max_positions)
+    text = quantization_text(files, decoder.max_positions).ids
     smoothing = measure_smoothing(files, checkpoint, text, STATIC_MIGRATION)
     weights = Weights(smoothed_checkpoint(checkpoint, decoder, smoothing), decoder)
     model = with_weights(files.folder, weights)
@@ -134,7 +134,7 @@ def test_gptq_sees_the_inputs_as_the_engine_rounds_them(
 ) -> None:
     files = resolve_model(str(tiny_checkpoint("llama")))
     checkpoint, layer, grid = open_checkpoint(files), "model.layers.0.self_attn.q_proj", Grid(4)
-    text = quantization_text(files, 128)
+    text = quantization_text(files, 128).ids
     model, seen = torch_model(files.folder), []
     linear = model.get_submodule(layer)
     linear.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].flatten(0, -2)))

@@ -64,7 +64,7 @@ def open_pruned(model: str, masks: Path | None, dense: ModelFiles | None, work: 
         name=origin.name,
         location=origin.location,
         architecture=shape.config.architectures[0],
-        sha256=opened.model.sha256,
+        sha256=open_checkpoint(dense).sha256 if dense else opened.model.sha256,
         blocks=decoder.blocks,
         parameters=shape.parameters(),
     )
