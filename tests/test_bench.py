@@ -347,6 +347,21 @@ def test_an_artifact_without_graphs_for_the_engine(copy: Path, tmp_path: Path) -
         bench(copy, output=tmp_path / "r.json", **QUICK)
 
 
+def test_that_int4_in_deepsparse_is_no_faster_than_int8_is_in_manifest_and_report(
+    tmp_path: Path, tiny_checkpoint: Callable[[str], Path]
+) -> None:
+    install("deepsparse")
+    exported = exported_artifact(tiny_checkpoint("llama"), tmp_path / "tiny", "int4", "deepsparse", "none")
+    slow = "DeepSparse has no 4-bit kernel: this runs at int8 speed, and its head has 8 bits"
+    (made,) = read_manifest(exported).exports
+    assert slow in made.notes
+    report = bench(exported, engine="deepsparse", output=tmp_path / "r.json", **QUICK)
+    (run,) = (run for run in report.runs if run.engine == "deepsparse")
+    assert (run.name, run.status) == ("deepsparse-int4-s70", "ok")
+    assert slow in run.notes
+    assert slow in to_markdown(report)
+
+
 def test_what_is_no_artifact_and_what_is_no_report(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no artifact"):
         bench(tmp_path, **QUICK)

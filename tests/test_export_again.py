@@ -206,3 +206,20 @@ def test_an_altered_checkpoint_is_not_exported(artifact: Path) -> None:
     with pytest.raises(UserError, match=r"checkpoint/.* was altered"):
         export(artifact, "int4", **PLAIN)
     assert not (artifact / "onnxruntime-int4").exists()
+
+
+def test_a_dense_model_that_changed_since_pruning_is_no_baseline(
+    llama_folder: Path, tmp_path: Path, run: Callable[..., tuple[int, str, str]]
+) -> None:
+    artifact = pruned(llama_folder, tmp_path / "artifact")
+    weights = llama_folder / "model.safetensors"
+    original, before = weights.read_bytes(), contents(artifact)
+    weights.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
+    command = ("export", artifact, "--quant", "fp32", "--target", "onnxruntime", "--baseline", "fp32")
+    status, _, error = run(*command)
+    assert (status, error.count("\n")) == (2, 1)
+    assert f"{llama_folder} is not the model that was pruned" in error
+    assert contents(artifact) == before
+    weights.write_bytes(original)
+    assert run(*command)[0] == 0
+    assert list(graphs(artifact)) == ["onnxruntime", "baseline/fp32"]

@@ -10,23 +10,31 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
-from dlp_deploy.artifact import Precision
+from dlp_deploy.artifact import Precision, read_manifest
 from dlp_deploy.checkpoint import open_checkpoint
 from dlp_deploy.errors import UserError
+from dlp_deploy.export import export
 from dlp_deploy.export.decoder import Weights
 from dlp_deploy.export.grid import Grid
 from dlp_deploy.export.onnxruntime import computes_windows
 from dlp_deploy.export.plan import Graph, plan_graphs
 from dlp_deploy.export.quantize import quantize
 from dlp_deploy.export.rotary import rotary_tables
-from dlp_deploy.export.verify import VerificationError, check_structure, count_zeros, graph_logits
+from dlp_deploy.export.verify import (
+    MEAN_ERROR,
+    VerificationError,
+    check_structure,
+    count_zeros,
+    graph_logits,
+)
 from dlp_deploy.export.write import write_graph
 from dlp_deploy.families import decoder_of
 from dlp_deploy.models import load_config, resolve_model
 
-from .tiny_models import LLAMA3_ROPE, TINY_CONFIGS, torch_model
+from .artifacts import pruned
+from .tiny_models import LLAMA3_ROPE, SIZES, TINY_CONFIGS, save_tiny_model, torch_model
 
 IDS = np.random.default_rng(0).integers(0, 500, 40)
 PROMPT = 24
@@ -205,6 +213,31 @@ def test_dense_baselines_have_the_fastest_blocks_unless_told() -> None:
         64,
         64,
     ]
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("block_size", [16, 64, 128, 256])
+def test_the_block_size_asked_for_is_in_the_graph_which_is_verified(
+    block_size: int, precision: str, tmp_path: Path, tiny_tokenizer: Any
+) -> None:
+    # Layers of 256 and 512 inputs, so that every block is a whole one.
+    sizes = SIZES | {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
+    model = save_tiny_model(tmp_path / "model", LlamaConfig(**sizes), tiny_tokenizer)
+    artifact = pruned(model, tmp_path / "artifact")
+    export(artifact, precision, "onnxruntime", "none", rounding="nearest", block_size=block_size)
+    (made,) = read_manifest(artifact).exports
+    assert made.block_size == block_size
+    assert [(check.engine, check.reference) for check in made.checks] == [("onnxruntime", "torch")]
+    assert made.checks[0].mean_rel_error <= MEAN_ERROR[precision]
+    graph = onnx.load(str(artifact / made.path / "model.onnx"), load_external_data=False).graph
+    products = [node for node in graph.node if node.op_type == "MatMulNBits"]
+    scales = {entry.name: entry for entry in graph.initializer}
+    assert len(products) == 2 * 7 + 1
+    for node in products:
+        asked = {attribute.name: attribute.i for attribute in node.attribute}
+        assert (asked["block_size"], asked["accuracy_level"]) == (block_size, 4)
+        assert asked["bits"] == (8 if precision == "int8" else 4)
+        assert np.prod(scales[node.input[2]].dims) == asked["N"] * asked["K"] // block_size
 
 
 def test_a_tied_head_is_stored_once_in_fp32_for_onnxruntime(

@@ -202,6 +202,17 @@ def test_a_bare_checkpoint_is_held_by_its_zeros(artifact: Path, tmp_path: Path) 
     assert "ConstantPruningModifier" in (tuned / "recipe.yaml").read_text()
 
 
+def test_the_dense_model_named_for_a_bare_checkpoint_is_its_baseline(
+    artifact: Path, tmp_path: Path, tiny_checkpoint: Callable[[str], Path]
+) -> None:
+    dense = str(tiny_checkpoint("llama-tied"))
+    tuned = finetune(artifact / CHECKPOINT, teacher=dense, output=tmp_path / "tuned", **TUNING)
+    source = read_manifest(tuned).source
+    assert (source.location, source.sha256) == (dense, read_manifest(artifact).source.sha256)
+    export(tuned, quant="fp32", target="none", baseline="fp32")
+    assert [made.sparsity for made in read_manifest(tuned).exports] == [0]
+
+
 def test_half_precision_checkpoints_keep_their_dtype(artifact: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(artifact / CHECKPOINT).to(torch.bfloat16)
     shutil.copytree(artifact / CHECKPOINT, tmp_path / "half", ignore=shutil.ignore_patterns("model*"))

@@ -10,7 +10,7 @@ import onnx
 import pytest
 
 from dlp_deploy import export
-from dlp_deploy.artifact import read_manifest
+from dlp_deploy.artifact import OutputCheck, read_manifest
 from dlp_deploy.export import publish
 from dlp_deploy.export.graph import DATA_FILE
 from dlp_deploy.export.verify import VerificationError, compare_logits, require_agreement
@@ -23,14 +23,22 @@ NOISE = np.random.default_rng(1).normal(size=LOGITS.shape).astype(np.float32)
 PEAK = float(np.abs(LOGITS).max())
 
 
-def require(precision: str, **logits: np.ndarray) -> None:
+def require(precision: str, **logits: np.ndarray) -> list[OutputCheck]:
+    """What was checked, if it is let through."""
     checks = [compare_logits(engine, "torch", found, LOGITS) for engine, found in logits.items()]
     require_agreement(checks, precision, Path("model.onnx"))
+    return checks
 
 
 @pytest.mark.parametrize(("precision", "noise"), [("fp32", 1e-6), ("int8", 0.01), ("int4", 0.06)])
 def test_what_a_precision_explains_is_let_through(precision: str, noise: float) -> None:
-    require(precision, onnxruntime=LOGITS + noise * PEAK * NOISE, deepsparse=LOGITS - noise * PEAK * NOISE)
+    moved = noise * PEAK * NOISE
+    checks = require(precision, onnxruntime=LOGITS + moved, deepsparse=LOGITS - moved)
+    assert [check.engine for check in checks] == ["onnxruntime", "deepsparse"]
+    for check in checks:
+        assert check.mean_rel_error == pytest.approx(noise * np.abs(NOISE).mean(), rel=0.05)
+        assert check.max_rel_error == pytest.approx(noise * np.abs(NOISE).max(), rel=0.05)
+        assert check.positions == len(LOGITS)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
@@ -45,7 +53,8 @@ def test_an_engine_is_held_to_what_onnxruntime_makes_of_the_same_graph() -> None
     close, far = LOGITS + 0.01 * PEAK * NOISE, LOGITS - 0.02 * PEAK * NOISE
     with pytest.raises(VerificationError, match="deepsparse"):
         require("int8", onnxruntime=close, deepsparse=far)
-    require("int8", onnxruntime=far, deepsparse=close)
+    ours, theirs = require("int8", onnxruntime=far, deepsparse=close)
+    assert ours.mean_rel_error == pytest.approx(2 * theirs.mean_rel_error, rel=0.01)
 
 
 def spoil(model: Path) -> None:
