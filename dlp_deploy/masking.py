@@ -20,11 +20,11 @@ import numpy as np
 import torch
 
 from .errors import UserError
+from .gram import inverse_factor
 from .selection import largest_of_rows
 from .threads import map_in_threads
 
 SLAB = 128
-DAMPING = 0.01
 ROWS_AT_ONCE = 64
 
 
@@ -148,7 +148,7 @@ def prune_sparsegpt(
     weight = weight.clone()
     structure = pattern.for_sparsity(sparsity)
     weight[:, inputs.diagonal() == 0] = 0
-    factor = inverse_factor(inputs)
+    factor = inverse_factor(inputs.clone())
     keep = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
     starts = range(0, weight.shape[1], SLAB)
     kept = _kept_of_slabs(weight, sparsity)
@@ -167,70 +167,6 @@ def _kept_of_slabs(weight: torch.Tensor, sparsity: float) -> list[int]:
     ends = [min(end, columns) for end in range(0, columns + SLAB, SLAB)]
     kept = [kept_of(rows * end, sparsity) for end in ends]
     return [end - start for start, end in itertools.pairwise(kept)]
-
-
-def inverse_factor(gram: torch.Tensor, order: torch.Tensor | None = None) -> torch.Tensor:
-    """Upper Cholesky factor U of the inverse of the damped Gram matrix [in, in] (SparseGPT, section 3.3).
-
-    `order` int64 [in] takes rows and columns in another order first. With J the reversal of rows, J G J =
-    L L^T gives G^-1 = U^T U for U = J L^-1 J: one factor and the inverse of a triangle, in the memory of the
-    result, and never G^-1 itself, which loses digits.
-    """
-    backward = torch.arange(len(gram), device=gram.device) if order is None else order
-    for damping in (DAMPING, 10 * DAMPING):
-        lower = reordered(gram, backward.flip(0))
-        damp(lower, damping)
-        failed = torch.empty((), dtype=torch.int32, device=gram.device)
-        # LAPACK counts by columns: given rows, it would work on a copy. Here the two are the same matrix.
-        columns = lower.mT
-        torch.linalg.cholesky_ex(columns, upper=True, out=(columns, failed))
-        if failed == 0:
-            _invert_triangle(lower)
-            _reverse(lower.view(-1))
-            return lower
-    raise UserError(
-        "the activations are too degenerate for SparseGPT; use more calibration text, or --method wanda"
-    )
-
-
-def reordered(gram: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """A copy of a matrix [in, in] with rows and columns in the order of `order`, int64 [in]."""
-    result = torch.empty_like(gram)
-    for start in range(0, len(gram), SLAB):
-        result[start : start + SLAB] = gram[order[start : start + SLAB]][:, order]
-    return result
-
-
-def damp(gram: torch.Tensor, damping: float = DAMPING) -> None:
-    """Add this share of its mean diagonal to a Gram matrix's diagonal, and 1 for inputs never seen."""
-    diagonal = gram.diagonal()
-    unseen, mean = (diagonal == 0).to(gram.dtype), diagonal.mean()
-    diagonal.add_(unseen).add_(damping * mean)
-
-
-def _invert_triangle(lower: torch.Tensor) -> None:
-    """Put the inverse of a lower triangle in its place: of its quarters, and what they make of the third."""
-    size = len(lower)
-    if size <= SLAB:
-        identity = torch.eye(size, dtype=lower.dtype, device=lower.device)
-        lower.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
-        return
-    half = size // 2
-    first, second, between = lower[:half, :half], lower[half:, half:], lower[half:, :half]
-    _invert_triangle(first)
-    _invert_triangle(second)
-    between.copy_((second @ between).neg_() @ first)
-
-
-def _reverse(values: torch.Tensor) -> None:
-    """Reverse a vector in place, a part at a time."""
-    count, step = len(values), 1 << 20
-    for start in range(0, count // 2, step):
-        end = min(start + step, count // 2)
-        front, back = values[start:end], values[count - end : count - start]
-        moved = front.flip(0)
-        front.copy_(back.flip(0))
-        back.copy_(moved)
 
 
 class _Sweep:

@@ -16,17 +16,17 @@ SmolLM2-135M in perplexity with blocks of 128, order and descent leave 8 %.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import torch
 
-from ..masking import SLAB, damp, inverse_factor
+from ..gram import damp, inverse_factor, packed, unpack
+from ..masking import SLAB
 from .grid import Grid
 
 SWEEPS = 2
-# Rows are independent of each other. So many at once are fast, and little memory even in a wide head.
-ROWS = 2048
+# Rows are independent of each other. So many weights at once are fast, and little memory.
+WEIGHTS_AT_ONCE = 1 << 23
 
 
 def rounded(
@@ -35,27 +35,29 @@ def rounded(
     """Levels int8 [out, in] and scales float32 [out, groups], on `grid`, of layers that share their inputs.
 
     `weights` float32 [out, in], zero where they are pruned, and so are the levels; `scales` float32
-    [out, groups], what to begin with. `gram`, X^T X of the inputs, float32 [in, in], is used up: it is damped
-    in place, and where nobody else holds it, its memory is free as soon as its factor, of the same size, is
-    there. Raises UserError when it cannot be inverted.
+    [out, groups], what to begin with. `gram`, X^T X of the inputs, float32 [in, in], is used up: its factor
+    takes its place. Raises UserError when it cannot be inverted.
     """
+    # At 8 bits too little is lost for a descent to win (SmolLM2-135M: 1 % of the perplexity).
+    before = None if grid.bits >= 8 else packed(gram)
     order = gram.diagonal().argsort(descending=True)
     factor = inverse_factor(gram, order)
-    # At 8 bits too little is lost for a descent to win (SmolLM2-135M: 1 % of the perplexity).
-    damped = None if grid.bits >= 8 else gram
-    del gram
     found = [
         (_swept_in_order(weight, factor, scale, grid, order), scale)
         for weight, scale in zip(weights, scales, strict=True)
     ]
-    if damped is None:
+    if before is None:
         return found
-    del factor
-    damp(damped)
+    unpack(before, gram)
+    damp(gram)
     return [
-        _descended_in_turn(weight, damped, levels, scale, grid)
+        _descended_in_turn(weight, gram, levels, scale, grid)
         for weight, (levels, scale) in zip(weights, found, strict=True)
     ]
+
+
+def _rows_at_once(weight: torch.Tensor) -> int:
+    return max(1, WEIGHTS_AT_ONCE // weight.shape[1])
 
 
 @torch.no_grad()
@@ -63,8 +65,9 @@ def _swept_in_order(
     weight: torch.Tensor, factor: torch.Tensor, scale: torch.Tensor, grid: Grid, order: torch.Tensor
 ) -> torch.Tensor:
     levels = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    for start in range(0, len(weight), ROWS):
-        rows = slice(start, start + ROWS)
+    step = _rows_at_once(weight)
+    for start in range(0, len(weight), step):
+        rows = slice(start, start + step)
         steps = _of_columns(scale[rows], grid, weight)[:, order]
         levels[rows, order] = swept(weight[rows, order], factor, steps, grid)
     return levels
@@ -73,9 +76,12 @@ def _swept_in_order(
 def _descended_in_turn(
     weight: torch.Tensor, gram: torch.Tensor, levels: torch.Tensor, scale: torch.Tensor, grid: Grid
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    step = _rows_at_once(weight)
     parts = [
-        descended(*some, grid)
-        for some in zip(weight.split(ROWS), itertools.repeat(gram), levels.split(ROWS), scale.split(ROWS))
+        descended(some, gram, begun, its_scale, grid)
+        for some, begun, its_scale in zip(
+            weight.split(step), levels.split(step), scale.split(step), strict=True
+        )
     ]
     found, refitted = zip(*parts, strict=True)
     return torch.cat(found), torch.cat(refitted)

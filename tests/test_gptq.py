@@ -17,7 +17,8 @@ from dlp_deploy.export.gptq import descended, rounded, swept
 from dlp_deploy.export.grid import Grid
 from dlp_deploy.export.quantize import grid_scale, quantize, scale_of_columns
 from dlp_deploy.families import decoder_of
-from dlp_deploy.masking import inverse_factor, parse_pattern, prune_sparsegpt
+from dlp_deploy.gram import inverse_factor, packed, unpack
+from dlp_deploy.masking import parse_pattern, prune_sparsegpt
 from dlp_deploy.models import ModelFiles, load_config, resolve_model
 
 from .tiny_models import torch_model
@@ -68,13 +69,43 @@ def test_the_factor_is_that_of_the_inverse_in_any_order(seed: int, size: int) ->
     generator = torch.Generator().manual_seed(seed)
     inputs = torch.randn(2 * size, size, generator=generator)
     gram, order = inputs.T @ inputs, torch.randperm(size, generator=generator)
-    before = gram.clone()
+    expected = factor_by_the_book(gram[order][:, order], 0.01)
     factor = inverse_factor(gram, order)
-    assert torch.equal(gram, before)
+    assert factor.data_ptr() == gram.data_ptr()
     assert torch.equal(factor, factor.triu())
-    damped = gram[order][:, order].double() + 0.01 * gram.diagonal().double().mean() * torch.eye(size)
-    expected = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
     torch.testing.assert_close(factor.double(), expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
+
+
+def factor_by_the_book(gram: torch.Tensor, damping: float) -> torch.Tensor:
+    damped = gram.double() + damping * gram.diagonal().double().mean() * torch.eye(len(gram))
+    return torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 2**31), st.integers(4, 300))
+def test_what_cannot_be_inverted_is_damped_more(seed: int, size: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(size, generator=generator)
+    directions = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=generator)).Q
+    # Below zero by more than the first damping makes up for, and less than the second.
+    strengths = torch.ones(size, dtype=torch.float64)
+    strengths[0] = -0.05
+    gram = ((directions * strengths) @ directions.T).float()
+    gram = (gram + gram.T) / 2
+    expected = factor_by_the_book(gram[order][:, order], 0.1)
+    factor = inverse_factor(gram, order)
+    torch.testing.assert_close(factor.double(), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 300))
+def test_a_packed_matrix_comes_back_to_the_bit_in_half_the_memory(seed: int, size: int) -> None:
+    rows = torch.randn(size, size, generator=torch.Generator().manual_seed(seed))
+    gram = rows + rows.T
+    panels, other = packed(gram), torch.full_like(gram, torch.nan)
+    unpack(panels, other)
+    assert torch.equal(other, gram)
+    assert sum(panel.numel() for panel in panels) <= size * (size + 128) / 2
 
 
 def test_layers_that_share_inputs_are_rounded_as_each_alone() -> None:
@@ -92,7 +123,7 @@ def jointly_rounded(
     weight: torch.Tensor, keep: torch.Tensor, gram: torch.Tensor, scale: torch.Tensor, grid: Grid
 ) -> torch.Tensor:
     """Levels of one sweep over the dense weight that zeroes and rounds at once, column by column."""
-    factor, left = inverse_factor(gram), weight.clone()
+    factor, left = inverse_factor(gram.clone()), weight.clone()
     levels = torch.empty(weight.shape)
     for j in range(weight.shape[1]):
         level = (left[:, j] / scale[:, j]).round().clamp(grid.lowest, grid.highest) * keep[:, j]
@@ -111,7 +142,7 @@ def test_behind_sparsegpt_it_is_the_joint_sweep(seed: int, grid: Grid) -> None:
     pruned = prune_sparsegpt(weight, gram, 0.6, parse_pattern("unstructured"))
     assert pruned.weight is not None
     scales = steps_of(torch.from_numpy(grid_scale(pruned.weight.numpy(), grid)), grid, weight)
-    levels = swept(pruned.weight, inverse_factor(gram), scales, grid)
+    levels = swept(pruned.weight, inverse_factor(gram.clone()), scales, grid)
     # Sums in another order: now and then a weight that is half way between two levels goes the other way,
     # and what follows in its row with it.
     assert (levels == jointly_rounded(weight, pruned.keep, gram, scales, grid)).float().mean() > 0.98
