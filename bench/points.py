@@ -70,16 +70,24 @@ def latest(points: Iterable[Point], settings: dict[str, Any]) -> list[Point]:
 
 
 def as_report(points: Sequence[Point]) -> Report:
-    """The newest points of one sweep as one report: the dense runs of the first, and all sparse runs."""
+    """The newest points of one sweep as one report: all sparse runs, and of each dense model, which every
+    point has measured, the run of the middle."""
     points = latest(points, points[-1].settings)
     first = points[0].report
-    dense = tuple(run for run in first.runs if run.dense)
+    dense = tuple(_middle_run(points, run.name) for run in first.runs if run.dense)
     update = {
         "artifact": f"{points[0].shape}, random weights",
         "runs": (*dense, *(point.sparse for point in points)),
         "comparisons": (),
     }
     return first.model_copy(update=update)
+
+
+def _middle_run(points: Sequence[Point], name: str) -> Run:
+    """Of the runs called `name` the one with the median time per token, or the first where none was timed."""
+    runs = [point.report.run(name) for point in points]
+    timed = {run.tpot_ms.p50: run for run in runs if run.tpot_ms}
+    return timed[sorted(timed)[(len(timed) - 1) // 2]] if timed else runs[0]
 
 
 def _point(path: Path, number: int, line: str) -> Point:

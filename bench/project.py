@@ -9,7 +9,7 @@ with one, nothing is known of the serial part and it is taken as zero; with more
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -25,6 +25,8 @@ from .report import Report, Run, read_report
 
 # Share of the published bandwidth that reading weights is taken to sustain.
 SUSTAINED = 0.8
+# From this share of the measured bandwidth on, a run is taken to have waited for memory.
+MEMORY_BOUND = 0.7
 
 
 @dataclass(frozen=True)
@@ -145,18 +147,25 @@ def describe_target(
         if value is not None and not value > 0:
             raise UserError(f"{option} {value}: must be more than 0")
     if machine:
-        known = MACHINES[machine]
-        return replace(
-            known,
-            cores=cores or known.cores,
-            bandwidth_gbps=bandwidth or known.bandwidth_gbps,
-            clock_ghz=clock or known.clock_ghz,
-        )
+        return _changed(MACHINES[machine], cores, bandwidth, clock)
     if not cores or not bandwidth:
         raise UserError(
             "describe the machine: --machine xeon-6248r, or --cores N --bandwidth GB/s [--clock GHz]"
         )
     return Target(f"{cores}-cores", cores, bandwidth, clock)
+
+
+def _changed(known: Target, cores: int | None, bandwidth: float | None, clock: float | None) -> Target:
+    """A known machine with other figures, which its description then tells."""
+    given = {"cores": cores, "GB/s": bandwidth, "GHz": clock}
+    told = ", ".join(f"{value:g} {unit}" for unit, value in given.items() if value)
+    return replace(
+        known,
+        cores=cores or known.cores,
+        bandwidth_gbps=bandwidth or known.bandwidth_gbps,
+        clock_ghz=clock or known.clock_ghz,
+        source=f"{known.source}; but with {told}, as given" if told else known.source,
+    )
 
 
 def project_reports(reports: Sequence[Report], target: Target, checked: Report | None = None) -> Projection:
@@ -267,19 +276,34 @@ def _assumptions(reports: Sequence[Report], target: Target) -> tuple[str, ...]:
         if len(counts) > 1
         else f"no serial part: {counts[0]} core(s) measured alone do not show one, so this is optimistic"
     )
-    clock = (
-        f"a core's time scales with the clock, from {environment.clock_ghz:.2f} to {target.clock_ghz:.2f} GHz"
-        if target.clock_ghz and environment.clock_ghz
-        else "the clock is that of the measurement"
-    )
     return (
         f"the machine: {target.source}; its cores read {target.bandwidth_gbps:.1f} GB/s together",
         "time = max(compute / cores, bytes / bandwidth) + serial part",
         "a core does per clock what one of the measured processor does: the same instruction sets and caches",
-        clock,
+        _clock_assumption(environment.clock_ghz, target.clock_ghz),
         serial,
+        *_memory_bound(reports),
         "threads of one socket: nothing is added for synchronizing more of them",
     )
+
+
+def _clock_assumption(measured_ghz: float | None, target_ghz: float | None) -> str:
+    if target_ghz is None:
+        return "the clock is that of the measurement"
+    if measured_ghz is None:
+        return f"the report does not tell its clock, so that {target_ghz:.2f} GHz are taken to be the same"
+    return f"a core's time scales with the clock, from {measured_ghz:.2f} to {target_ghz:.2f} GHz"
+
+
+def _memory_bound(reports: Sequence[Report]) -> Iterator[str]:
+    """Runs that cannot have spent all of their time on arithmetic, which is what cores and clock divide."""
+    runs = [run for report in reports for run in report.runs]
+    waited = [run.name for run in runs if run.roofline and run.roofline.bandwidth_share > MEMORY_BOUND]
+    if waited:
+        yield (
+            f"all measured time is compute, although {', '.join(dict.fromkeys(waited))} waited for memory: "
+            "the compute part of these, and speed-ups over them, may be too large"
+        )
 
 
 def to_markdown(projection: Projection) -> str:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dlp_deploy.bench.points import Point, append_point
+from dlp_deploy.bench.points import Point, append_point, as_report
 from dlp_deploy.bench.project import describe_target, fit_amdahl, project, project_reports, to_markdown
 from dlp_deploy.bench.report import Report, to_json
 from dlp_deploy.errors import UserError
@@ -79,6 +79,43 @@ def test_a_known_machine_is_projected_to_and_marked(tmp_path: Path) -> None:
     assert all(line in text for line in projection.assumptions)
 
 
+def test_a_known_machine_with_other_figures_is_told_as_such() -> None:
+    target = describe_target("xeon-6248r", 12, None, None)
+    assert target.cores == 12
+    assert target.source.endswith("; but with 12 cores, as given")
+    assert "but with" not in describe_target("xeon-6248r", None, None, None).source
+
+
+def test_runs_that_waited_for_memory_and_an_unknown_clock_are_named_among_the_assumptions() -> None:
+    # 0.5 GB in 100 ms are half of the memory's 10 GB/s, and all of it in 50 ms.
+    one = report({DENSE: np.full((3, 7), 50.0), SPARSE: np.full((3, 7), 100.0)}, 0.5, clock_ghz=None)
+    lines = project_reports([one], describe_target(None, 2, 20.0, 3.0)).assumptions
+    (waited,) = [line for line in lines if "waited for memory" in line]
+    assert DENSE in waited
+    assert SPARSE not in waited
+    assert any("does not tell its clock" in line for line in lines)
+
+
+def test_of_a_dense_model_that_every_point_measured_the_middle_one_is_projected() -> None:
+    samples = [{DENSE: np.full((3, 7), dense), SPARSE: np.full((3, 7), 10.0)} for dense in (90, 40, 50)]
+    points = [
+        Point(
+            schema=1,
+            shape="tiny",
+            quant="int8",
+            sparsity=number / 10,
+            settings={},
+            measured=(),
+            report=report(times, 0.001),
+        )
+        for number, times in enumerate(samples)
+    ]
+    dense, *sparse = as_report(points).runs
+    assert dense.tpot_ms is not None
+    assert dense.tpot_ms.p50 == 50
+    assert len(sparse) == 3
+
+
 def test_a_sweep_is_projected_with_all_its_points(tmp_path: Path) -> None:
     one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
     for path, cores in ((one, 1), (two, 2)):
@@ -94,7 +131,7 @@ def test_a_sweep_is_projected_with_all_its_points(tmp_path: Path) -> None:
                     sparsity=sparsity,
                     settings={"cores": cores},
                     measured=(),
-                    report=report({DENSE: 8 * times, name: times}, 0.001, cores=cores),
+                    report=report({DENSE: np.full((3, 7), 400 / cores), name: times}, 0.001, cores=cores),
                 ),
             )
     projection = project([one], check=two)
