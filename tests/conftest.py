@@ -14,6 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from dlp_deploy.calibration import builtin_text
 from dlp_deploy.cli import main
 
+from .artifacts import pruned, with_graphs
+from .servers import served_artifact
 from .tiny_models import TINY_CONFIGS, VOCABULARY, checkpoints, save_tiny_model
 
 # Engines whose environments take minutes to download, and the tests that need them.
@@ -68,6 +70,19 @@ def tiny_checkpoint(
 ) -> Callable[[str], Path]:
     """`tiny_checkpoint(kind)`: folder of a tiny model of TINY_CONFIGS, made once; not to be altered."""
     return checkpoints(TINY_CONFIGS, tmp_path_factory.mktemp("models"), tiny_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def tiny_artifact(tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny llama with graphs for ONNX Runtime in fp32, its own, and int8, made once; not to be altered."""
+    folder = pruned(tiny_checkpoint("llama"), tmp_path_factory.mktemp("artifact") / "tiny")
+    return with_graphs(folder, "fp32,int8", "onnxruntime")
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
+    """The artifact of tests/servers.py, made once; not to be altered."""
+    return served_artifact(tmp_path_factory.mktemp("served"), tiny_tokenizer)
 
 
 @pytest.fixture

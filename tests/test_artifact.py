@@ -22,21 +22,15 @@ from dlp_deploy.artifact import (
 from dlp_deploy.errors import UserError
 from dlp_deploy.storage import drop_leftovers, new_folder, partial_folder
 
-from .artifacts import pruned, sealed, with_graphs
+from .artifacts import sealed
 
 HOSTILE = ("../outside", "/etc/passwd", "", ".", "a/../../b", "a//b", "./a", "a/", "..\\b", "a\nb", MANIFEST)
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[[str], Path]) -> Path:
-    folder = pruned(tiny_checkpoint("llama"), tmp_path_factory.mktemp("artifact") / "tiny")
-    return with_graphs(folder, "fp32,int8", "onnxruntime")
-
-
 @pytest.fixture
-def artifact(whole: Path, tmp_path: Path) -> Path:
+def artifact(tiny_artifact: Path, tmp_path: Path) -> Path:
     """One of the test's own, to be damaged at will."""
-    return Path(shutil.copytree(whole, tmp_path / "tiny"))
+    return Path(shutil.copytree(tiny_artifact, tmp_path / "tiny"))
 
 
 def rewritten(artifact: Path, place: str, path: str) -> Path:

@@ -16,51 +16,45 @@ from dlp_deploy.calibration import evaluation_windows
 from dlp_deploy.errors import UserError
 from dlp_deploy.evaluation import evaluate
 
-from .artifacts import pruned, with_graphs
 from .tiny_models import torch_model
 
 SHORT: dict[str, Any] = {"data": "builtin", "windows": 3, "seqlen": 32}
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[[str], Path]) -> Path:
-    folder = pruned(tiny_checkpoint("llama"), tmp_path_factory.mktemp("evaluation") / "artifact")
-    return with_graphs(folder, "fp32", "onnxruntime")
-
-
 @pytest.fixture
-def artifact(whole: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(whole, tmp_path / "artifact"))
+def artifact(tiny_artifact: Path, tmp_path: Path) -> Path:
+    """One of the test's own, to be damaged at will."""
+    return Path(shutil.copytree(tiny_artifact, tmp_path / "tiny"))
 
 
 @pytest.mark.parametrize("engine", ["torch", "onnxruntime"])
 @pytest.mark.parametrize("cores", [None, 1])
-def test_perplexity_is_that_of_transformers(engine: str, cores: int | None, whole: Path) -> None:
+def test_perplexity_is_that_of_transformers(engine: str, cores: int | None, tiny_artifact: Path) -> None:
     threads = torch.get_num_threads()
-    found = evaluate(str(whole), engine, cores=cores, **SHORT)
+    found = evaluate(str(tiny_artifact), engine, cores=cores, **SHORT)
     assert torch.get_num_threads() == threads
-    tokenizer = AutoTokenizer.from_pretrained(whole / CHECKPOINT)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_artifact / CHECKPOINT)
     ids = evaluation_windows("builtin", tokenizer, 3, 32).ids
     with torch.inference_mode():
-        loss = torch_model(whole / CHECKPOINT)(ids, labels=ids).loss
+        loss = torch_model(tiny_artifact / CHECKPOINT)(ids, labels=ids).loss
     assert found.perplexity == pytest.approx(float(loss.exp()), rel=1e-4)
     assert (found.engine, found.precision) == (engine, "fp32")
 
 
 @pytest.mark.parametrize("options", [("--dense",), ("--precision", "int8")])
 def test_torch_has_no_graphs_to_choose_among(
-    options: tuple[str, ...], whole: Path, run: Callable[..., tuple[int, str, str]]
+    options: tuple[str, ...], tiny_artifact: Path, run: Callable[..., tuple[int, str, str]]
 ) -> None:
-    status, _, error = run("eval", whole, "--data", "builtin", *options)
+    status, _, error = run("eval", tiny_artifact, "--data", "builtin", *options)
     assert (status, error.count("\n")) == (2, 1)
     assert "torch runs the checkpoint in fp32" in error
 
 
 @pytest.mark.parametrize("cores", [0, 1000])
 @pytest.mark.parametrize("engine", ["torch", "onnxruntime"])
-def test_cores_that_are_not_there(engine: str, cores: int, whole: Path) -> None:
+def test_cores_that_are_not_there(engine: str, cores: int, tiny_artifact: Path) -> None:
     with pytest.raises(UserError, match=f"--cores {cores}"):
-        evaluate(str(whole), engine, cores=cores, **SHORT)
+        evaluate(str(tiny_artifact), engine, cores=cores, **SHORT)
 
 
 def altered(path: Path) -> None:

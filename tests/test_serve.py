@@ -28,7 +28,6 @@ from .servers import (
     ServerProcess,
     chat,
     complete,
-    served_artifact,
     serving,
     wait_until,
 )
@@ -41,20 +40,15 @@ Greedy = Callable[[str, int], list[int]]
 
 
 @pytest.fixture(scope="module")
-def artifact(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Path:
-    return served_artifact(tmp_path_factory.mktemp("served"), tiny_tokenizer)
-
-
-@pytest.fixture(scope="module")
-def server(artifact: Path) -> Iterator[ServerProcess]:
-    with serving(artifact, context=POSITIONS) as process:
+def server(served: Path) -> Iterator[ServerProcess]:
+    with serving(served, context=POSITIONS) as process:
         yield process
 
 
 @pytest.fixture(scope="module")
-def deepsparse_server(artifact: Path) -> Iterator[ServerProcess]:
+def deepsparse_server(served: Path) -> Iterator[ServerProcess]:
     install("deepsparse")
-    with serving(artifact, engine="deepsparse", precision="fp32", context=2048) as process:
+    with serving(served, engine="deepsparse", precision="fp32", context=2048) as process:
         yield process
 
 
@@ -64,14 +58,14 @@ def client(server: ServerProcess) -> OpenAI:
 
 
 @pytest.fixture(scope="module")
-def tokenizer(artifact: Path) -> Any:
-    return AutoTokenizer.from_pretrained(artifact / CHECKPOINT)
+def tokenizer(served: Path) -> Any:
+    return AutoTokenizer.from_pretrained(served / CHECKPOINT)
 
 
 @pytest.fixture(scope="module")
-def greedy(artifact: Path, tokenizer: Any) -> Greedy:
+def greedy(served: Path, tokenizer: Any) -> Greedy:
     """Greedy tokens of the pruned model in torch, of those that have a text."""
-    model = AutoModelForCausalLM.from_pretrained(artifact / CHECKPOINT, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(served / CHECKPOINT, dtype=torch.float32).eval()
 
     def run(prompt: str, count: int) -> list[int]:
         ids = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
@@ -201,10 +195,10 @@ def test_deepsparse_says_what_torch_says(
 
 
 @pytest.fixture
-def ending(artifact: Path, tmp_path: Path, greedy: Greedy) -> tuple[Path, list[int]]:
+def ending(served: Path, tmp_path: Path, greedy: Greedy) -> tuple[Path, list[int]]:
     """The artifact with an end token, the first new one of its greedy text, and without a chat template."""
     folder = tmp_path / NAME
-    shutil.copytree(artifact, folder)
+    shutil.copytree(served, folder)
     tokens = greedy(PROMPTS[0], 40)
     place = next(i for i in range(3, 40) if tokens[i] not in tokens[:i])
     graph = folder / "onnxruntime"

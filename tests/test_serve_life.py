@@ -30,7 +30,6 @@ from .servers import (
     ServerProcess,
     chat,
     complete,
-    served_artifact,
     serving,
     wait_until,
 )
@@ -40,18 +39,13 @@ from .servers import (
 POISON, ABSENT, UNKNOWN = 300, EMBEDDED + 2, EMBEDDED + 9
 
 
-@pytest.fixture(scope="module")
-def artifact(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Path:
-    return served_artifact(tmp_path_factory.mktemp("served"), tiny_tokenizer)
-
-
 # --- an engine that fails for one request ---
 
 
 @pytest.fixture(scope="module")
-def faulty(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+def faulty(served: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     folder = tmp_path_factory.mktemp("faulty") / NAME
-    shutil.copytree(artifact, folder)
+    shutil.copytree(served, folder)
     graph = folder / "onnxruntime"
     poison(graph / "model.onnx", POISON)
     config = json.loads((graph / "config.json").read_text())
@@ -114,8 +108,8 @@ def test_a_stream_that_fails_ends_with_an_error_event(faulty: ServerProcess) -> 
 # --- an engine that dies ---
 
 
-def test_a_dead_engine_is_told_to_all_who_wait_and_ends_the_server(artifact: Path) -> None:
-    with serving(artifact, context=POSITIONS) as server:
+def test_a_dead_engine_is_told_to_all_who_wait_and_ends_the_server(served: Path) -> None:
+    with serving(served, context=POSITIONS) as server:
         client = server.client
         stream = complete(client, max_tokens=4000, stream=True)
         next(iter(stream))
@@ -132,8 +126,8 @@ def test_a_dead_engine_is_told_to_all_who_wait_and_ends_the_server(artifact: Pat
     said_last(server, "dlp-deploy: onnxruntime (extend) was ended by SIGKILL")
 
 
-def test_an_engine_that_dies_unasked_ends_the_server(artifact: Path) -> None:
-    with serving(artifact) as server:
+def test_an_engine_that_dies_unasked_ends_the_server(served: Path) -> None:
+    with serving(served) as server:
         assert complete(server.client, max_tokens=1).usage.completion_tokens == 1
         server.worker.kill()
         assert server.process.wait(timeout=60) == 1
@@ -150,8 +144,8 @@ def said_last(server: ServerProcess, words: str) -> None:
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_server_leaves_no_worker_and_frees_its_port(artifact: Path, how: signal.Signals) -> None:
-    with serving(artifact, engine="onnxruntime", precision="int8", context=64) as server:
+def test_a_stopped_server_leaves_no_worker_and_frees_its_port(served: Path, how: signal.Signals) -> None:
+    with serving(served, engine="onnxruntime", precision="int8", context=64) as server:
         client, worker = server.client, server.worker
         with pytest.raises(openai.BadRequestError, match="the context has 64 tokens"):
             complete(client, max_tokens=64)
@@ -164,15 +158,15 @@ def test_a_stopped_server_leaves_no_worker_and_frees_its_port(artifact: Path, ho
             pass
 
 
-def test_a_server_can_be_stopped_while_it_loads(artifact: Path) -> None:
-    with serving(artifact, marker="Loading ") as server:
+def test_a_server_can_be_stopped_while_it_loads(served: Path) -> None:
+    with serving(served, marker="Loading ") as server:
         worker = server.worker
         assert server.stop() == 0
         assert not worker.is_running()
 
 
-def test_a_server_whose_engine_hangs_can_be_stopped(artifact: Path) -> None:
-    with serving(artifact) as server:
+def test_a_server_whose_engine_hangs_can_be_stopped(served: Path) -> None:
+    with serving(served) as server:
         worker = server.worker
         worker.suspend()
         with pytest.raises(openai.APITimeoutError):
@@ -199,21 +193,21 @@ def test_a_server_whose_engine_hangs_can_be_stopped(artifact: Path) -> None:
     ],
 )
 def test_arguments_that_cannot_be_served_are_refused(
-    artifact: Path, arguments: dict[str, Any], message: str
+    served: Path, arguments: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        serve(artifact, **arguments)
+        serve(served, **arguments)
 
 
-def test_a_port_in_use_and_an_altered_artifact_are_refused(artifact: Path, tmp_path: Path) -> None:
+def test_a_port_in_use_and_an_altered_artifact_are_refused(served: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"cannot serve at 127.0.0.1:{port} .*in use.* --port"):
-            serve(artifact, port=port)
+            serve(served, port=port)
     with pytest.raises(UserError, match="is no artifact"):
         serve(tmp_path)
     copy = tmp_path / "copy"
-    shutil.copytree(artifact, copy)
+    shutil.copytree(served, copy)
     data = copy / "onnxruntime" / "model.onnx.data"
     data.write_bytes(data.read_bytes()[:-1] + b"!")
     with pytest.raises(UserError, match="was altered after export"):
