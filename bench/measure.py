@@ -134,8 +134,8 @@ def _expected_at_depth(
     outcome: Outcome, outcomes: Sequence[Outcome], workload: Workload
 ) -> tuple[np.ndarray, str] | None:
     candidate = outcome.candidate
-    if not candidate.dense and workload.torch_at_depth is not None:
-        return workload.torch_at_depth, "torch"
+    if candidate.weights in workload.torch_at_depth:
+        return workload.torch_at_depth[candidate.weights], "torch"
     for other in outcomes:
         same = other.candidate.weights == candidate.weights and other is not outcome
         if same and other.candidate.precision == "fp32" and other.at_depth is not None and not other.ended:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,6 +12,7 @@ import numpy as np
 from ..errors import UserError
 from ..perplexity import Perplexity
 from .agreement import Agreement, DepthCheck
+from .machine import available_memory
 from .noise import Noise
 from .plan import Candidate
 from .worker import TIME_LIMIT_S, Generation
@@ -23,6 +25,7 @@ FILL_STEP = 16
 LONGEST_LIMIT_S = 1e6
 # Positions at which outputs are compared at the depth that is timed.
 CHECKED_AT_DEPTH = 8
+LOGIT_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,9 @@ class Workload:
     """What every run does. `ids` int64: tokens that fill the cache, then the prompt of `prompt_tokens`.
 
     `following` int64 are the tokens of the text after that, on which outputs are checked at that depth, and
-    `torch_at_depth` float32 [len(following) + 1, vocabulary] what torch in fp32 says there of the sparse
-    model, where it was asked. A worker that gives no answer for `time_limit_s` has failed.
+    `torch_at_depth` float32 [len(following) + 1, vocabulary] what torch in fp32 says there of the models that
+    it was asked of, by the `weights` of their candidates. A worker that gives no answer for `time_limit_s`
+    has failed.
     """
 
     cores: tuple[int, ...]
@@ -41,7 +45,7 @@ class Workload:
     context: int
     repeats: int
     following: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    torch_at_depth: np.ndarray | None = None
+    torch_at_depth: Mapping[str, np.ndarray] = field(default_factory=dict)
     time_limit_s: float = TIME_LIMIT_S
 
     @property
@@ -76,6 +80,11 @@ def check_time_limit(seconds: float) -> None:
         raise UserError(
             f"--time-limit {seconds:g}: give seconds, more than none and at most {LONGEST_LIMIT_S:.0f}"
         )
+
+
+def holds_logits(positions: int, vocabulary: int) -> bool:
+    """Whether memory has room for the float32 logits of so many positions beside all else."""
+    return LOGIT_BYTES * positions * vocabulary <= available_memory() / 4
 
 
 def text_lengths(prompt_tokens: int, new_tokens: int, context: int) -> tuple[int, int]:

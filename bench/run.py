@@ -25,9 +25,9 @@ from ..storage import refuse_existing, write_text
 from . import REPORT
 from .assemble import Roofs, compare_runs, describe_environment, measure_roofs, run_record
 from .caution import warnings
-from .machine import available_memory, busy_share, choose_cores, require_avx2
+from .machine import busy_share, choose_cores, require_avx2
 from .measure import measure, measure_perplexity, total_noise
-from .outcome import Outcome, Workload, check_lengths, check_time_limit, text_lengths
+from .outcome import Outcome, Workload, check_lengths, check_time_limit, holds_logits, text_lengths
 from .plan import Candidate, plan_runs
 from .plot import overview, roofline_figure, save
 from .present import to_csv, to_markdown
@@ -35,7 +35,6 @@ from .report import SCHEMA, Evaluated, Report, to_json
 
 # Other work on the cores beyond this is worth a word before minutes are spent.
 BUSY = 0.1
-FLOAT_BYTES = 4
 _PATHS = ("artifact", "output", "force")
 
 
@@ -162,12 +161,13 @@ def _with_torch(
 ) -> Workload:
     """The workload with what torch says of the pruned model at the timed depth, if there is room for it."""
     ids = np.concatenate([workload.ids, workload.following])
-    logits_bytes = FLOAT_BYTES * len(ids) * decoder.vocabulary
-    if all(candidate.dense for candidate in candidates) or logits_bytes > available_memory() / 4:
+    pruned = {candidate.weights for candidate in candidates if not candidate.dense}
+    if not pruned or not holds_logits(len(ids), decoder.vocabulary):
         return workload
     say("Asking torch for the logits at the timed depth")
     (logits,) = logits_of(files, torch.from_numpy(ids)[None])
-    return replace(workload, torch_at_depth=logits[len(workload.ids) - 1 :].numpy())
+    at_depth = logits[len(workload.ids) - 1 :].numpy()
+    return replace(workload, torch_at_depth=dict.fromkeys(pruned, at_depth))
 
 
 @dataclass

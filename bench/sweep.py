@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from ..artifact import Precision
 from ..errors import UserError
 from ..export.plan import split_baselines
-from ..export.reference import REFERENCE_FILE, Reference, read_reference, write_reference
+from ..export.reference import Reference, write_reference
 from ..export.verify import VerificationError, graph_logits
 from ..families import decoder_of
 from ..progress import say
@@ -27,7 +27,7 @@ from .engines import engine_named
 from .extrapolate import extrapolate
 from .machine import describe_machine
 from .measure import measure, total_noise
-from .outcome import Outcome
+from .outcome import Outcome, Workload, holds_logits
 from .plan import Candidate
 from .points import SCHEMA as POINT_SCHEMA
 from .points import Point, append_point, latest, read_points
@@ -75,8 +75,10 @@ def sweep(
     Runtime, or in llama.cpp where it is named (llamacpp-int8). With `blocks`, that many decoder blocks and
     half as many are measured and the whole model is extrapolated; without, so are only the models that
     memory does not hold. `block_size` weights share a scale in ONNX Runtime's int8 and int4; 128 is
-    fastest. An engine that gives no answer for `time_limit` seconds has failed, and its point is measured
-    again by the next sweep. Graphs are written beside the output and deleted.
+    fastest. Every graph is held against torch in fp32 before it is timed: at the beginning of the text and,
+    in the process that is timed, at the timed depth. An engine that gives no answer for `time_limit` seconds
+    has failed, and its point is measured again by the next sweep. Graphs are written beside the output and
+    deleted.
 
     Each finished point is appended to `output` (sweep-<shape>.jsonl unless told), and points that are
     there already are not measured again, unless `force` starts anew; .md, .csv, .png and .svg are written
@@ -149,6 +151,7 @@ class _Graphs:
         self._plan = plan
         self._folder = path.with_name(f".{path.name}.graphs")
         self._made: dict[str, Candidate] = {}
+        self._torch: dict[str, _OfTorch] = {}
 
     def __enter__(self) -> _Graphs:
         # What a killed sweep has left would only take room.
@@ -192,12 +195,12 @@ class _Graphs:
             model=written.model,
             reference=folder,
             weight_bytes=written.weight_bytes,
-            weights=f"{count} blocks, {model.sparsity:g} sparse",
+            weights=_weights(random),
             notes=written.notes,
         )
 
     def _write_reference(self, folder: Path, random: RandomModel, graph: Path, precision: Precision) -> None:
-        reference = self._torch_reference(random)
+        reference = self._of_torch(random).beginning
         if precision != "fp32" and graph.suffix == ".onnx":
             try:
                 logits = graph_logits(graph, reference.ids, reference.prompt)
@@ -207,15 +210,43 @@ class _Graphs:
                 say(f"No logits of ONNX Runtime on the same graph: {error}")
         write_reference(folder, reference)
 
-    def _torch_reference(self, random: RandomModel) -> Reference:
+    def torch_at_depth(self, candidates: Sequence[Candidate]) -> dict[str, np.ndarray]:
+        """What torch says at the timed depth of those candidates, by their weights."""
+        found = {candidate.weights: self._torch[candidate.weights].at_depth for candidate in candidates}
+        return {weights: logits for weights, logits in found.items() if logits is not None}
+
+    def _of_torch(self, random: RandomModel) -> _OfTorch:
         """What torch says, which is the same for all graphs of a model."""
-        folder = self._folder / f"torch-{random.decoder.blocks}-blocks-s{100 * random.sparsity:g}"
-        if not (folder / REFERENCE_FILE).is_file():
-            length = min(CHECKED, self._plan.workload.cached_tokens)
-            prompt = min(CHECKED_PROMPT, length - 1)
-            ids = np.random.default_rng(self._plan.seed).integers(0, random.decoder.vocabulary, length)
-            write_reference(folder, random.reference(folder, ids, prompt))
-        return read_reference(folder)
+        weights = _weights(random)
+        if weights not in self._torch:
+            self._torch[weights] = _ask_torch(random, self._folder / weights, self._plan.workload)
+        return self._torch[weights]
+
+
+@dataclass(frozen=True)
+class _OfTorch:
+    """Logits of a model in fp32 at the beginning of the timed text, and float32 [positions, vocabulary] at
+    the timed depth (None: memory has no room for the logits of the whole text)."""
+
+    beginning: Reference
+    at_depth: np.ndarray | None
+
+
+def _weights(random: RandomModel) -> str:
+    return f"{random.decoder.blocks} blocks, {random.sparsity:g} sparse"
+
+
+def _ask_torch(random: RandomModel, folder: Path, workload: Workload) -> _OfTorch:
+    """Both in one pass over the text, which every run makes in each warm-up and each round as well."""
+    text = np.concatenate([workload.ids, workload.following])
+    checked = min(CHECKED, len(text))
+    prompt = min(CHECKED_PROMPT, checked - 1)
+    if not holds_logits(len(text), random.decoder.vocabulary):
+        return _OfTorch(random.reference(folder, text[:checked], prompt), None)
+    first = min(prompt, len(workload.ids))
+    logits = random.reference(folder, text, first).logits
+    beginning = Reference(text[:checked], prompt, logits[prompt - first : checked - first + 1].copy())
+    return _OfTorch(beginning, logits[len(workload.ids) - first :].copy())
 
 
 def _measure_point(plan: SweepPlan, graphs: _Graphs, quant: Precision, sparsity: float) -> Point:
@@ -224,7 +255,8 @@ def _measure_point(plan: SweepPlan, graphs: _Graphs, quant: Precision, sparsity:
     own = graphs.candidates(sparse)
     roofs = measure_roofs(plan.workload.cores)
     outcomes = [Outcome(candidate) for candidate in (*baselines, *own)]
-    together = measure(outcomes, plan.workload)
+    workload = replace(plan.workload, torch_at_depth=graphs.torch_at_depth([*baselines, *own]))
+    together = measure(outcomes, workload)
     environment = describe_environment(roofs, outcomes)
     measured = [
         _measured_run(plan, model, count, outcome, environment)

@@ -48,6 +48,7 @@ def to_markdown(points: Sequence[Point]) -> str:
         markdown_table([*headings, "of the nearer roof"], rows),
         _extrapolation_note(points),
         "## Dense baselines\n\n" + _dense_table(points),
+        "## Outputs\n\n" + _outputs_note(points),
         "## Warnings\n\n" + "\n".join([*_mixed_versions(points), *_warnings(points)] or ["none"]),
         "## Machine\n\n" + "\n".join(environment_lines(first.report.environment)),
     ]
@@ -205,6 +206,28 @@ def _extrapolation_note(points: Sequence[Point]) -> str:
         "time = fixed part + blocks x time per block. Where so few blocks fit into the caches and the whole "
         "model does not, this is too fast."
     )
+
+
+def _outputs_note(points: Sequence[Point]) -> str:
+    """What the runs were held against before they were timed."""
+    runs = [run for point in points for run in _made(point) if run.status == "ok"]
+    references = [run.depth_check.reference for run in runs if run.depth_check]
+    deep, others = references.count("torch"), sum(name != "torch" for name in references)
+    held = sum(run.output_check is not None for run in runs)
+    lines = [
+        f"{held} of {len(runs)} timed runs were held against torch in fp32 (the weights before quantization) "
+        f"at the beginning of the text, and {deep} at the timed depth too, in the process that was timed.",
+    ]
+    if others:
+        lines.append(f"{others} were held at that depth against a dense fp32 run of the same rounds.")
+    if unknown := len(runs) - len(references):
+        lines.append(f"Of {unknown} it is only known that their logits there are finite numbers.")
+    return " ".join(lines)
+
+
+def _made(point: Point) -> list[Run]:
+    """The runs of a point that were made; those of whole models may have been extrapolated from them."""
+    return [run for run in (*point.report.runs, *point.measured) if not run.extrapolated_from]
 
 
 def _mixed_versions(points: Sequence[Point]) -> Iterator[str]:

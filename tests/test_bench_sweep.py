@@ -40,24 +40,31 @@ from dlp_deploy.models import resolve_model
 from .bench_reports import DENSE, environment, report
 
 QUICK: dict[str, Any] = {"cores": 1, "prompt_tokens": 20, "new_tokens": 6, "repeats": 2}
-HANGING = """
+FAULTY = """
 import os, time
+import numpy as np
 from engine_workers import onnxruntime
 
 class Session(onnxruntime.Session):
     texts = 0
 
     def load(self, model, *lengths, **named):
-        self.hangs = "s75" in model
+        self.fault = os.environ["FAULT"] if "s75" in model else ""
         super().load(model, *lengths, **named)
 
     def restart(self):
         super().restart()
         self.texts += 1
         # The texts are: the beginning, the check at depth, two warm-ups, and the rounds.
-        if self.hangs and self.texts == 6:
+        if self.fault == "hangs" and self.texts == 6:
             os.write(2, b"error: waits for a lock\\n")
             time.sleep(600)
+
+    def extend(self, ids):
+        logits = super().extend(ids)
+        if self.fault == "errs at depth" and self._cache.done > 100:
+            return np.roll(logits, 1)
+        return logits
 """
 
 
@@ -101,6 +108,12 @@ def test_a_point_is_carried_on_to_the_whole_model(
         assert small.output_check is not None
         assert small.output_check.positions == 17
         assert small.tokens_sha256 is not None
+        for each in (small, large):
+            check = each.depth_check
+            assert check is not None
+            # Of 66 positions before the prompt, a multiple of 16 is filled.
+            assert (check.reference, check.depth, check.positions) == ("torch", 84, 9)
+        assert run.depth_check == large.depth_check
         assert run.roofline is not None
     # Bytes are not noisy: those of the whole graph are found exactly.
     whole = RandomModel(shape_config(shape), 0.8, 0).write(tmp_path, "deepsparse", "int8")
@@ -123,6 +136,8 @@ def test_a_sweep_leaves_its_reports_and_no_graphs(swept: tuple[Path, Point]) -> 
     text = output.with_suffix(".md").read_text()
     assert "| int8* | 80% |" in text
     assert "Extrapolated to the whole model from runs with 1 and 2 decoder blocks" in text
+    assert "4 of 4 timed runs were held against torch" in text
+    assert "and 4 at the timed depth too" in text
     (row,) = csv.DictReader(io.StringIO(output.with_suffix(".csv").read_text()))
     assert row["extrapolated"] == "True"
     assert float(row["speedup"]) == point.report.comparisons[0].speedup
@@ -155,23 +170,47 @@ def test_a_sweep_goes_on_where_it_was_killed(shape: str, tmp_path: Path) -> None
         sweep(shape, sparsity="0.5", **options)
 
 
-def test_a_run_that_hangs_in_a_sweep_is_ended_and_measured_again(
-    shape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def faulty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """`faulty(fault)`: the engine is ONNX Runtime's own worker with that fault at 75 %."""
+    (tmp_path / "faulty.py").write_text(FAULTY)
+
+    def faulty(fault: str) -> None:
+        monkeypatch.setenv("FAULT", fault)
+        engine = replace(engine_named("onnxruntime"), worker=str(tmp_path / "faulty.py"))
+        monkeypatch.setattr(sweeps, "engine_named", lambda name: engine)
+        monkeypatch.setattr(pool, "WARM_UPS", 2)
+
+    return faulty
+
+
+def test_wrong_output_at_the_timed_depth_of_a_sweep_is_not_timed(
+    shape: str, tmp_path: Path, faulty: Callable[[str], None]
 ) -> None:
-    (tmp_path / "hanging.py").write_text(HANGING)
+    faulty("errs at depth")
+    output = tmp_path / "s.jsonl"
+    options = QUICK | {"context": 150, "engine": "onnxruntime", "output": output, "baseline": "none"}
+    for quant in ("fp32", "int8"):
+        right, wrong = sweep(shape, sparsity="0.5,0.75", quant=quant, **options)[-2:]
+        assert (right.sparse.status, wrong.sparse.status) == ("ok", "wrong output")
+        assert "at the timed depth against torch" in wrong.sparse.reason
+        assert wrong.sparse.tpot_ms is None
+
+
+def test_a_run_that_hangs_in_a_sweep_is_ended_and_measured_again(
+    shape: str, tmp_path: Path, faulty: Callable[[str], None]
+) -> None:
     output = tmp_path / "s.jsonl"
     options = QUICK | {"engine": "onnxruntime", "quant": "fp32", "baseline": "fp32", "output": output}
     options |= {"sparsity": "0.5,0.75"}
-    with monkeypatch.context() as patched:
-        hanging = replace(engine_named("onnxruntime"), worker=str(tmp_path / "hanging.py"))
-        patched.setattr(sweeps, "engine_named", lambda name: hanging)
-        patched.setattr(pool, "WARM_UPS", 2)
-        whole, ended = sweep(shape, time_limit=15, **options)
+    faulty("hangs")
+    whole, ended = sweep(shape, time_limit=15, **options)
     assert (whole.is_whole, ended.is_whole) == (True, False)
     said = "gave no answer for 15 s and was ended; its last words: error: waits for a lock"
     assert said in ended.sparse.reason
     assert [len(run.samples) for run in ended.report.runs] == [2, 1]
     # Another limit is the same sweep: only the point that is not whole is measured again.
+    faulty("none")
     again = sweep(shape, time_limit=600, **options)
     assert again[0] == whole
     assert again[1].is_whole
