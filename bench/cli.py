@@ -129,7 +129,15 @@ def compare(
     before: Annotated[Path, typer.Argument(help="A report.json.")],
     after: Annotated[Path, typer.Argument(help="Another.")],
 ) -> None:
-    """Say what changed between two reports, and whether it is more than noise."""
+    """Say what changed between two reports, and whether it is more than noise.
+
+    [bold]dlp-deploy bench compare before.json after.json[/bold]
+
+    Speed-ups, times and first tokens get a 95% interval over rounds and a verdict: within noise, higher or
+    lower (of a time, lower is faster). Believe speed-ups first: both sides were measured within the same
+    minutes, while times of two days also differ by heat and by other work. What differs between the machines
+    and the arguments comes last; runs that were given different work are named at the top.
+    """
     from .compare import compare, to_markdown
 
     print(to_markdown(compare(before, after)))
@@ -159,6 +167,12 @@ def project(
     """Expected time per token on a described machine, from measured rates; marked as projected.
 
     [bold]dlp-deploy bench project report.json --machine xeon-6248r[/bold]
+
+    [bold]dlp-deploy bench project one-core.json two-cores.json --cores 16 --bandwidth 60[/bold]
+
+    Time = the larger of compute / cores and bytes / bandwidth, and a serial part, which takes reports at two
+    or more --cores to be seen: from one alone the projection is optimistic. How far to trust it is measured
+    with --check, a report of the same machine at more cores. All assumptions are printed above the figures.
     """
     options = locals().copy()
     from .project import project, to_markdown

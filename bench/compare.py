@@ -24,6 +24,10 @@ MEASURED = (
 )
 
 
+# What the times of a run depend on besides the machine and the software.
+WORK = ("cores", "prompt_tokens", "new_tokens", "context", "filled_tokens")
+
+
 @dataclass(frozen=True)
 class Change:
     """A figure of both reports: after / before, with its 95 % interval."""
@@ -73,6 +77,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class ReportChanges:
+    work: tuple[Difference, ...]
     facts: tuple[Difference, ...]
     runs: tuple[Difference, ...]
     latencies: tuple[Change, ...]
@@ -97,6 +102,7 @@ def compare_reports(before: Report, after: Report) -> ReportChanges:
     timed = [{run.name: run for run in report.runs if run.tpot_ms} for report in (before, after)]
     pairs = [(run, timed[1][name]) for name, run in timed[0].items() if name in timed[1]]
     return ReportChanges(
+        work=tuple(difference for pair in pairs for difference in _unlike_work(*pair)),
         facts=tuple(_differences(_facts(before), _facts(after))),
         runs=tuple(_differences(_states(before), _states(after))),
         latencies=tuple(_latency(*pair) for pair in pairs),
@@ -116,7 +122,18 @@ def to_markdown(changes: ReportChanges) -> str:
         ("Runs", _difference_table(changes.runs)),
         ("Environment and arguments", _difference_table(changes.facts)),
     ]
-    return "\n\n".join(f"## {title}\n\n{table or 'no difference'}" for title, table in sections) + "\n"
+    blocks = [f"## {title}\n\n{table or 'no difference'}" for title, table in sections]
+    if changes.work:
+        told = "The same runs were not given the same work, so that their times say nothing of a change:"
+        blocks.insert(0, f"{told}\n\n{_difference_table(changes.work)}")
+    return "\n\n".join(blocks) + "\n"
+
+
+def _unlike_work(before: Run, after: Run) -> Iterator[Difference]:
+    for name in WORK:
+        was, now = getattr(before, name), getattr(after, name)
+        if was != now and not (was is None or now is None):
+            yield Difference(f"{before.name}: {name}", was, now)
 
 
 def _latency(before: Run, after: Run) -> Change:

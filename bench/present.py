@@ -307,7 +307,15 @@ def _depth_lines(report: Report) -> list[str]:
         "In the processes that were timed, at the depth that was timed:",
         "",
         markdown_table(headings, rows),
+        *_unchecked_lines(report),
     ]
+
+
+def _unchecked_lines(report: Report) -> list[str]:
+    names = [run.name for run in report.runs if run.tpot_ms and not run.depth_check]
+    if not names:
+        return []
+    return ["", f"Only known to be finite there, for want of a reference: {', '.join(names)}."]
 
 
 def _error(value: float | None) -> str:

@@ -98,6 +98,19 @@ def with_fields(stored: Report, **changes: Any) -> Report:
     return stored.model_copy(update={"runs": (run.model_copy(update=changes),)})
 
 
+def test_times_of_unlike_work_are_named_before_any_verdict() -> None:
+    before = report({SPARSE: noisy(10, 1)})
+    after = with_fields(report({SPARSE: noisy(12, 2)}), context=512, filled_tokens=400)
+    changes = compare_reports(before, after)
+    assert [(found.name, found.before, found.after) for found in changes.work] == [
+        (f"{SPARSE}: context", 64, 512)
+    ]
+    text = to_markdown(changes)
+    assert text.startswith("The same runs were not given the same work")
+    assert f"| {SPARSE}: context | 64 | 512 |" in text
+    assert to_markdown(compare_reports(before, before)).startswith("## Speed-ups")
+
+
 def test_runs_of_only_one_report_are_named() -> None:
     before = report({DENSE: noisy(40, 1)})
     after = report({DENSE: noisy(40, 1), SPARSE: noisy(10, 2)})
