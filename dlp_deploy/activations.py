@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from .blocks import Block
+from .gram import add_products, mirror
 from .hidden import HiddenStates
 
 Kind = Literal["norms", "gram"]
@@ -89,12 +90,15 @@ class _Collector:
             # Sums over a few thousand rows are as good as exact in float32; those over all rows are not.
             squares = rows.square().sum(0).double()
             self.sums[linear] = self.sums[linear] + squares if linear in self.sums else squares
-        elif linear in self.sums:
-            self.sums[linear].addmm_(rows.T, rows)
-        else:
-            self.sums[linear] = rows.T @ rows
+            return
+        if linear not in self.sums:
+            self.sums[linear] = rows.new_zeros(rows.shape[1], rows.shape[1])
+        add_products(self.sums[linear], rows)
 
     def result(self) -> Inputs:
+        if self.kind == "gram":
+            for products in self.sums.values():
+                mirror(products)
         values = {name: s.sqrt().float() if self.kind == "norms" else s for name, s in self.sums.items()}
         return Inputs(self.kind, values, self.leaders)
 

@@ -16,6 +16,7 @@ from ..activations import measure_inputs
 from ..blocks import BlockModel
 from ..calibration import TokenWindows, calibration_windows
 from ..checkpoint import Checkpoint
+from ..gram import add_products, mirror
 from ..hidden import HiddenStates
 from ..models import ModelFiles, load_tokenizer
 from .decoder import Weights
@@ -109,8 +110,11 @@ class CalibratedWeights(Weights):
         rows = self._model.final_states(self._hidden)
         if self._inputs is not None:
             rows = map(partial(self._inputs.rounded, head), rows)
-        gram = sum(row.T @ row for row in rows)
-        assert isinstance(gram, torch.Tensor)
+        hidden = self._model.decoder.hidden
+        gram = torch.zeros(hidden, hidden, device=self._model.device)
+        for row in rows:
+            add_products(gram, row)
+        mirror(gram)
         (quantized,) = _round([torch.from_numpy(self.linear(head))], gram, self._head_grid)
         return {head: quantized}
 

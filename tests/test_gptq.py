@@ -17,7 +17,7 @@ from dlp_deploy.export.gptq import descended, rounded, swept
 from dlp_deploy.export.grid import Grid
 from dlp_deploy.export.quantize import grid_scale, quantize, scale_of_columns
 from dlp_deploy.families import decoder_of
-from dlp_deploy.gram import inverse_factor, packed, unpack
+from dlp_deploy.gram import add_products, inverse_factor, mirror, packed, unpack
 from dlp_deploy.masking import parse_pattern, prune_sparsegpt
 from dlp_deploy.models import ModelFiles, load_config, resolve_model
 
@@ -95,6 +95,19 @@ def test_what_cannot_be_inverted_is_damped_more(seed: int, size: int) -> None:
     expected = factor_by_the_book(gram[order][:, order], 0.1)
     factor = inverse_factor(gram, order)
     torch.testing.assert_close(factor.double(), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 1200))
+def test_half_of_the_products_make_the_whole_matrix(seed: int, size: int) -> None:
+    rows = torch.randn(2, 50, size, generator=torch.Generator().manual_seed(seed))
+    gram = torch.zeros(size, size)
+    for some in rows:
+        add_products(gram, some)
+    mirror(gram)
+    assert torch.equal(gram, gram.T)
+    both = rows.double().flatten(0, 1)
+    torch.testing.assert_close(gram.double(), both.T @ both, rtol=1e-4, atol=1e-4)
 
 
 @settings(max_examples=15, deadline=None)
