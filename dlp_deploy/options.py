@@ -89,8 +89,8 @@ BlockSize = Annotated[
 KeepFp32 = Annotated[
     str,
     typer.Option(
-        help="Layers that are not quantized: none, auto (those that lose most, by measurement), or names "
-        "such as lm_head or 'model.layers.0.*'."
+        help="Layers of the sparse graphs that are not quantized: none, auto (those that lose most, by "
+        "measurement), or names such as lm_head or 'model.layers.0.*'."
     ),
 ]
 Activations = Annotated[

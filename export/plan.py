@@ -115,7 +115,8 @@ def plan_graphs(
 
     The first precision of `quant` is the artifact's own and goes to <engine>/, others to
     <engine>-<precision>/. With target "none" there are baselines only, which are as `split_baselines`
-    takes them. Raises UserError for unknown names, and for static activations where no graph has int8 ones.
+    takes them. Baselines are quantized whole: `keep_fp32` would slow down what sparsity is compared with.
+    Raises UserError for unknown names, and for options that mean nothing to any of the graphs.
     """
     for option, name, kind in (("rounding", rounding, Rounding), ("activations", activations, Activations)):
         if name not in get_args(kind):
@@ -130,7 +131,7 @@ def plan_graphs(
             "--quant and --target each need at least one name; e.g. --quant int8 --target deepsparse"
         )
     checked: Any = {"rounding": rounding, "activations": activations}
-    make: Callable[..., Graph] = partial(Graph, keep_fp32=keep_fp32, **checked)
+    make: Callable[..., Graph] = partial(Graph, **checked)
     own, dense_block = block_size or BLOCK_SIZE, block_size or BASELINE_BLOCK_SIZE
     sparse = [
         make(
@@ -139,6 +140,7 @@ def plan_graphs(
             False,
             engine if precision == precisions[0] else f"{engine}-{precision}",
             block_size=own,
+            keep_fp32=keep_fp32,
         )
         for engine in engines
         for precision in precisions
@@ -147,6 +149,10 @@ def plan_graphs(
         raise UserError(
             f"--activations static means nothing for --target {target} --quant {quant}: "
             "only DeepSparse's int8 and int4 graphs scale activations themselves"
+        )
+    if keep_fp32 != "none" and not sparse:
+        raise UserError(
+            "--keep-fp32 is for sparse graphs; dense baselines are quantized whole"
         )
     dense = [
         make(*baseline_of(name), True, f"baseline/{name}", block_size=dense_block)

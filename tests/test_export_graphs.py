@@ -251,3 +251,10 @@ def test_a_tied_head_is_stored_once_in_fp32_for_onnxruntime(
         model = exported(tmp_path, checkpoint, engine, "fp32")
         sizes[engine] = model.with_name("model.onnx.data").stat().st_size
     assert sizes["deepsparse"] - sizes["onnxruntime"] > 0.9 * table
+
+
+def test_layers_are_kept_in_sparse_graphs_only() -> None:
+    graphs = plan_graphs("int4", "onnxruntime", "int4", keep_fp32="lm_head")
+    assert [(graph.dense, graph.keep_fp32) for graph in graphs] == [(False, "lm_head"), (True, "none")]
+    with pytest.raises(UserError, match="--keep-fp32 is for sparse graphs"):
+        plan_graphs("int4", "none", "int4", keep_fp32="lm_head")
