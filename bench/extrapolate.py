@@ -6,6 +6,7 @@ alike, and the embedding, the final norm and the head make the fixed part.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 
 import numpy as np
@@ -19,8 +20,9 @@ def extrapolate(small: Run, large: Run, name: str, blocks: int, environment: Env
     """The run `name` of a model with `blocks` blocks, from runs of the same rounds with fewer.
 
     Each round gives one sample: its medians, carried on. So the interval of a speed-up is one over
-    rounds, and percentiles are among rounds, not among tokens. The time to the first token, of which a
-    round has one, is carried on from the medians over all rounds.
+    rounds, and percentiles are among rounds, not among tokens. Tokens per second are carried on from the
+    means over all tokens, as those of a measured run; the time to the first token, of which a round has one,
+    from the medians over all rounds.
     """
     failed = next((run for run in (small, large) if run.status != "ok"), None)
     if failed:
@@ -29,12 +31,14 @@ def extrapolate(small: Run, large: Run, name: str, blocks: int, environment: Env
     assert large.blocks is not None
     factor = (blocks - large.blocks) / (large.blocks - small.blocks)
 
-    def carried_on(fewer: np.ndarray, more: np.ndarray) -> np.ndarray:
+    def carried_on(of: Callable[[Run], np.ndarray]) -> np.ndarray:
+        fewer, more = of(small), of(large)
         return more + factor * (more - fewer)
 
     rounds = min(len(small.samples), len(large.samples))
-    times = carried_on(*(np.median(run.samples[:rounds], axis=1) for run in (small, large)))
-    first = carried_on(*(np.array([np.median(run.ttft_samples_ms)]) for run in (small, large)))
+    times = carried_on(lambda run: np.median(run.samples[:rounds], axis=1))
+    mean = float(carried_on(lambda run: np.mean(run.samples[:rounds])))
+    first = carried_on(lambda run: np.array([np.median(run.ttft_samples_ms)]))
     weight_bytes = round(large.weight_bytes + factor * (large.weight_bytes - small.weight_bytes))
     run = large.model_copy(
         update={
@@ -46,10 +50,10 @@ def extrapolate(small: Run, large: Run, name: str, blocks: int, environment: Env
             "peak_rss_bytes": None,
         }
     )
-    if min(times.min(), first.min()) <= 0:
+    if min(times.min(), mean, first.min()) <= 0:
         reason = f"{large.blocks} blocks took no longer than {small.blocks}: the machine is too noisy"
         return _unmeasured(run, reason)
-    return run.model_copy(update=_measured(small, large, times, first, factor, environment))
+    return run.model_copy(update=_measured(small, large, times, mean, first, factor, environment))
 
 
 def _unmeasured(run: Run, reason: str) -> Run:
@@ -60,13 +64,19 @@ def _unmeasured(run: Run, reason: str) -> Run:
 
 
 def _measured(
-    small: Run, large: Run, times: np.ndarray, first: np.ndarray, factor: float, environment: Environment
+    small: Run,
+    large: Run,
+    times: np.ndarray,
+    mean: float,
+    first: np.ndarray,
+    factor: float,
+    environment: Environment,
 ) -> dict[str, object]:
     tpot = latency(times)
     return {
         "ttft_ms": LatencyMs(**asdict(latency(first))),
         "tpot_ms": LatencyMs(**asdict(tpot)),
-        "tokens_per_s": 1000 / tpot.mean,
+        "tokens_per_s": 1000 / mean,
         "drift": drift(times[:, None]),
         "samples_per_round": 1,
         "samples_ms": tuple(times.tolist()),

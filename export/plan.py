@@ -151,9 +151,7 @@ def plan_graphs(
             "only DeepSparse's int8 and int4 graphs scale activations themselves"
         )
     if keep_fp32 != "none" and not sparse:
-        raise UserError(
-            "--keep-fp32 is for sparse graphs; dense baselines are quantized whole"
-        )
+        raise UserError("--keep-fp32 is for sparse graphs; dense baselines are quantized whole")
     dense = [
         make(*baseline_of(name), True, f"baseline/{name}", block_size=dense_block)
         for name in split_baselines(baseline)

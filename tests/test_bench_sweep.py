@@ -305,7 +305,7 @@ def test_every_shape_is_one_that_graphs_are_written_for(tmp_path: Path) -> None:
 
 
 def test_times_are_carried_on_along_a_line() -> None:
-    fixed, per_block = 5.0, np.array([[1.0, 1.1, 0.9], [1.2, 1.2, 1.2]])
+    fixed, per_block = 5.0, np.array([[1.0, 1.1, 0.9], [1.2, 1.2, 1.5]])
     facts = environment()
     times = {count: fixed + count * per_block for count in (2, 4, 32)}
     runs = {
@@ -316,6 +316,7 @@ def test_times_are_carried_on_along_a_line() -> None:
     }
     whole = extrapolate(runs[2], runs[4], "whole", 32, facts)
     np.testing.assert_allclose(whole.samples_ms, np.median(times[32], axis=1))
+    assert whole.tokens_per_s == pytest.approx(1000 / times[32].mean())
     assert whole.weight_bytes == runs[32].weight_bytes
     assert whole.roofline is not None
     assert whole.roofline.weight_bytes == runs[32].weight_bytes
