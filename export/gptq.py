@@ -16,7 +16,7 @@ SmolLM2-135M in perplexity with blocks of 128, order and descent leave 8 %.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -25,6 +25,8 @@ from ..masking import SLAB
 from .grid import Grid
 
 SWEEPS = 2
+# Columns whose changes reach all the others at once: products of few columns wait for memory.
+PART = 512
 # Rows are independent of each other. So many weights at once are fast, and little memory.
 WEIGHTS_AT_ONCE = 1 << 23
 
@@ -124,24 +126,56 @@ def descended(
     # G (W - Q)^T: half of what the error falls by if a weight rises by one.
     slope = gram @ (weight - levels * _of_columns(scale, grid, weight)).t()
     for _ in range(SWEEPS):
-        for group, start in enumerate(range(0, inputs, width)):
-            stop = min(start + width, inputs)
-            for first in range(start, stop, SLAB):
-                slab = slice(first, min(first + SLAB, stop))
-                before = level[slab].clone()
-                _descend(level[slab], slope[slab].clone(), gram[slab, slab], steps[group], keep[slab], grid)
-                slope -= gram[:, slab] @ ((level[slab] - before) * steps[group])
-            part = slice(start, stop)
-            grown = _least_squares(level[part], slope[part], gram[part, part], steps[group])
-            slope -= gram[:, part] @ (level[part] * grown)
-            steps[group] += grown
+        for part in _slices(inputs, max(width, PART // width * width)):
+            groups = slice(part.start // width, -(-part.stop // width))
+            before = level[part] * _of_rows(steps[groups], width, level[part])
+            _descend_groups(level[part], slope[part], gram[part, part], steps[groups], keep[part], grid)
+            after = level[part] * _of_rows(steps[groups], width, level[part])
+            _pass_on(after - before, slope, gram, part)
     return level.t().to(torch.int8), steps.t()
+
+
+def _slices(size: int, width: int) -> Iterator[slice]:
+    return (slice(start, min(start + width, size)) for start in range(0, size, width))
+
+
+def _of_rows(step: torch.Tensor, width: int, level: torch.Tensor) -> torch.Tensor:
+    """The scale of each of some levels [columns, out], of scales [groups, out]."""
+    return step.repeat_interleave(width, dim=0)[: len(level)]
 
 
 def _of_columns(scale: torch.Tensor, grid: Grid, weight: torch.Tensor) -> torch.Tensor:
     """The scale of each weight, float32 [out, in], of scales [out, groups]."""
     width = grid.block or weight.shape[1]
     return scale.repeat_interleave(width, dim=1)[:, : weight.shape[1]]
+
+
+def _descend_groups(
+    level: torch.Tensor,
+    slope: torch.Tensor,
+    gram: torch.Tensor,
+    steps: torch.Tensor,
+    keep: torch.Tensor,
+    grid: Grid,
+) -> None:
+    """Choose the levels [columns, out] and scales [groups, out] of some groups of columns, in place, as if
+    there were no others. `slope` follows."""
+    width = grid.block or len(level)
+    for step, group in zip(steps, _slices(len(level), width), strict=True):
+        for inner in _slices(group.stop - group.start, SLAB):
+            slab = slice(group.start + inner.start, group.start + inner.stop)
+            before = level[slab].clone()
+            _descend(level[slab], slope[slab], gram[slab, slab], step, keep[slab], grid)
+            _pass_on((level[slab] - before) * step, slope, gram, slab)
+        grown = _least_squares(level[group], slope[group], gram[group, group], step)
+        slope.addmm_(gram[:, group], level[group] * grown, alpha=-1)
+        step += grown
+
+
+def _pass_on(change: torch.Tensor, slope: torch.Tensor, gram: torch.Tensor, part: slice) -> None:
+    """Let the slopes of all other columns follow a change [columns, out] of the values of a part."""
+    for others in (slice(0, part.start), slice(part.stop, len(slope))):
+        slope[others].addmm_(gram[others, part], change, alpha=-1)
 
 
 def _descend(
@@ -152,7 +186,7 @@ def _descend(
     keep: torch.Tensor,
     grid: Grid,
 ) -> None:
-    """Choose the levels of a slab [columns, out] one column after the other, in place."""
+    """Choose the levels of a slab [columns, out] one column after the other, in place, with its slopes."""
     for index, (column, kept) in enumerate(zip(level, keep, strict=True)):
         best = column + slope[index] / (gram[index, index] * step)
         chosen = best.round_().clamp_(grid.lowest, grid.highest).mul_(kept)
