@@ -146,7 +146,7 @@ def _expected_at_depth(
 def _time_rounds(pool: Pool, outcomes: list[Outcome]) -> None:
     """Rounds C B A, A B C, ...: what drifts slowly then meets all runs alike.
 
-    A round begins with the runs that were last in the one before, or in the check: these are still loaded.
+    A round begins with the runs that were last in the one before, or in the check, if they are loaded.
     """
     repeats, watch = pool.workload.repeats, Watch(pool.workload.cores)
     if pool.holds_all:

@@ -14,14 +14,18 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from psutil import Process
 from rich.console import Console
 
 from dlp_deploy.artifact import list_files, read_manifest, write_manifest
 from dlp_deploy.bench import bench, pool
 from dlp_deploy.bench.engines import engine_named, has_room
 from dlp_deploy.bench.environments import install
+from dlp_deploy.bench.outcome import Outcome
+from dlp_deploy.bench.pool import load
 from dlp_deploy.bench.present import print_report, to_csv, to_markdown
 from dlp_deploy.bench.report import SCHEMA_FILE, Report, json_schema, read_report, to_json
+from dlp_deploy.bench.worker import EngineWorker
 from dlp_deploy.errors import UserError
 
 from .bench_artifacts import exported_artifact
@@ -254,6 +258,26 @@ def test_with_little_memory_the_models_are_loaded_in_turn(
     assert not report.all_loaded
     assert [run.status for run in report.runs] == ["ok"] * 3
     assert all(len(run.samples_ms) == 10 for run in report.runs)
+
+
+def test_what_loads_slowly_is_loaded_once_where_others_can_make_room(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = []
+
+    def noted(outcome: Outcome, *arguments: Any) -> EngineWorker:
+        loaded.append(outcome.candidate.name)
+        return load(outcome, *arguments)
+
+    # Room for three models at a time.
+    monkeypatch.setattr(pool, "available_memory", lambda: 0 if len(Process().children()) > 2 else 1 << 40)
+    monkeypatch.setattr(pool, "load", noted)
+    options = QUICK | {"repeats": 3}
+    report = bench(artifact, engine="deepsparse", baseline="fp32,int8", output=tmp_path / "r.json", **options)
+    assert [run.status for run in report.runs] == ["ok"] * 4
+    assert not report.all_loaded
+    assert [loaded.count(f"deepsparse-{precision}-s70") for precision in ("fp32", "int8")] == [1, 1]
+    assert loaded.count("onnxruntime-fp32-dense") > 1
 
 
 def test_weights_that_memory_does_not_hold_are_not_loaded(
