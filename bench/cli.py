@@ -99,7 +99,7 @@ def sweep(
         ),
     ] = None,
     block_size: Annotated[
-        int, typer.Option(help="Weights that share a scale in ONNX Runtime's int8 and int4; 128 is fastest.")
+        int, typer.Option(help="Weights that share a scale in ONNX Runtime's int8 and int4; more are faster.")
     ] = 128,
     cores: Cores = None,
     prompt_tokens: PromptTokens = 64,

@@ -33,7 +33,7 @@ from ..models import ModelFiles
 from ..progress import progress
 
 STANDARD_DEVIATION = 0.02
-# The fastest block of MatMulNBits; the finer ones are more accurate, which random weights are not.
+# Coarse blocks of MatMulNBits are the fast ones; fine ones are more accurate, which random weights are not.
 FAST_BLOCK = 128
 
 

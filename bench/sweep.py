@@ -74,10 +74,10 @@ def sweep(
     model runs in `engine`; beside each point, in the same rounds, run the dense `baseline` models in ONNX
     Runtime, or in llama.cpp where it is named (llamacpp-int8). With `blocks`, that many decoder blocks and
     half as many are measured and the whole model is extrapolated; without, so are only the models that
-    memory does not hold. `block_size` weights share a scale in ONNX Runtime's int8 and int4; 128 is
-    fastest. Every graph is held against torch in fp32 before it is timed: at the beginning of the text and,
-    in the process that is timed, at the timed depth. An engine that gives no answer for `time_limit` seconds
-    has failed, and its point is measured again by the next sweep. Graphs are written beside the output and
+    memory does not hold. `block_size` weights share a scale in ONNX Runtime's int8 and int4; more are faster.
+    Every graph is held against torch in fp32 before it is timed: at the beginning of the text and, in the
+    process that is timed, at the timed depth. An engine that gives no answer for `time_limit` seconds has
+    failed, and its point is measured again by the next sweep. Graphs are written beside the output and
     deleted.
 
     Each finished point is appended to `output` (sweep-<shape>.jsonl unless told), and points that are

@@ -42,7 +42,8 @@ Calib = Annotated[
 QuantizationText = Annotated[
     str | None,
     typer.Option(
-        help="Text to quantize on, as named for prune. Default: the one that the artifact was pruned on.",
+        help="Text to quantize on, as named for prune. Default: the one that the artifact was pruned on, or "
+        "builtin where pruning read none.",
         show_default=False,
     ),
 ]
