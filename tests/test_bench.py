@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from psutil import Process
+from psutil import pid_exists
 from rich.console import Console
 
 from dlp_deploy.artifact import list_files, read_manifest, write_manifest
@@ -263,17 +263,18 @@ def test_with_little_memory_the_models_are_loaded_in_turn(
 def test_what_loads_slowly_is_loaded_once_where_others_can_make_room(
     artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loaded = []
+    loaded: list[str] = []
+    workers: list[EngineWorker] = []
 
     def noted(outcome: Outcome, workload: Workload, context: int) -> EngineWorker:
         # A longer one is for the check against the reference, and ends with it.
         if context == workload.cached_tokens:
             loaded.append(outcome.candidate.name)
-        return load(outcome, workload, context)
+        workers.append(load(outcome, workload, context))
+        return workers[-1]
 
     def room_for_three() -> int:
-        commands = [" ".join(child.cmdline()) for child in Process().children()]
-        return 0 if sum("bench/workers" in command for command in commands) >= 3 else 1 << 40
+        return 0 if sum(pid_exists(worker.pid) for worker in workers) >= 3 else 1 << 40
 
     monkeypatch.setattr(pool, "available_memory", room_for_three)
     monkeypatch.setattr(pool, "load", noted)
