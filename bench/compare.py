@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .present import markdown_table
+from .markdown import markdown_table
 from .report import Report, Run, read_report
 from .statistics import Ratio, ratio_of_medians, ratio_of_speedups
 

@@ -19,8 +19,8 @@ from pydantic import BaseModel, ConfigDict
 
 from ..errors import UserError
 from ..storage import write_text
+from .markdown import markdown_table
 from .points import as_report, read_points
-from .present import markdown_table
 from .report import Report, Run, read_report
 
 # Share of the published bandwidth that reading weights is taken to sustain.

@@ -26,12 +26,13 @@ from . import REPORT
 from .assemble import Roofs, compare_runs, describe_environment, measure_roofs, run_record
 from .caution import warnings
 from .machine import busy_share, choose_cores, require_avx2
+from .markdown import to_markdown
 from .measure import measure, measure_perplexity, total_noise
 from .outcome import Outcome, Workload, check_lengths, check_time_limit, holds_logits, text_lengths
 from .plan import Candidate, plan_runs
 from .plot import overview, roofline_figure, save
-from .present import to_csv, to_markdown
 from .report import SCHEMA, Evaluated, Report, to_json
+from .table_csv import to_csv
 
 # Other work on the cores beyond this is worth a word before minutes are spent.
 BUSY = 0.1

@@ -13,10 +13,11 @@ from matplotlib.figure import Figure
 
 from ..progress import say
 from ..storage import write_text
+from .markdown import environment_lines, markdown_table
 from .plot import INK, new_figure, save
 from .points import Point
-from .present import environment_lines, interval, markdown_table
 from .report import Comparison, Report, Run
+from .summary import interval
 
 COLORS = {"fp32": "#1d6fa5", "int8": "#2a8c82", "int4": "#e08e45"}
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from dlp_deploy.bench.markdown import markdown_table
 from dlp_deploy.bench.points import Point
-from dlp_deploy.bench.present import interval, markdown_table
+from dlp_deploy.bench.summary import interval
 from dlp_deploy.bench.sweep import sweep
 
 GOALS = {0.7: {"fp32": 5.0, "int8": 1.5, "int4": 1.1}, 0.8: {"fp32": 6.0, "int4": 1.25}}

@@ -21,10 +21,12 @@ from dlp_deploy.artifact import list_files, read_manifest, write_manifest
 from dlp_deploy.bench import bench, pool
 from dlp_deploy.bench.engines import engine_named, has_room
 from dlp_deploy.bench.environments import install
+from dlp_deploy.bench.markdown import to_markdown
 from dlp_deploy.bench.outcome import Outcome, Workload
 from dlp_deploy.bench.pool import load
-from dlp_deploy.bench.present import print_report, to_csv, to_markdown
+from dlp_deploy.bench.present import print_report
 from dlp_deploy.bench.report import SCHEMA_FILE, Report, json_schema, read_report, to_json
+from dlp_deploy.bench.table_csv import to_csv
 from dlp_deploy.bench.worker import EngineWorker
 from dlp_deploy.errors import UserError
 

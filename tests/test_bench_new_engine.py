@@ -10,8 +10,8 @@ import pytest
 from dlp_deploy.artifact import read_manifest
 from dlp_deploy.bench import bench, engines
 from dlp_deploy.bench.environments import install, list_engines
+from dlp_deploy.bench.markdown import to_markdown
 from dlp_deploy.bench.plan import plan_runs
-from dlp_deploy.bench.present import to_markdown
 
 from .bench_artifacts import exported_artifact
 

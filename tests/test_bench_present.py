@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dlp_deploy.bench.markdown import to_markdown
 from dlp_deploy.bench.plot import overview, save
 from dlp_deploy.bench.points import Point
-from dlp_deploy.bench.present import to_csv, to_markdown
 from dlp_deploy.bench.report import EngineRecord, Report
 from dlp_deploy.bench.sweep_report import to_csv as sweep_csv
 from dlp_deploy.bench.sweep_report import to_markdown as sweep_markdown
 from dlp_deploy.bench.sweep_report import write_sweep_report
+from dlp_deploy.bench.table_csv import to_csv
 
 from .bench_reports import DENSE, SPARSE, report
 

@@ -14,9 +14,10 @@ import pytest
 
 from dlp_deploy.artifact import Manifest
 from dlp_deploy.bench import bench, pool, run
+from dlp_deploy.bench.markdown import to_markdown
 from dlp_deploy.bench.plan import Candidate, plan_runs
-from dlp_deploy.bench.present import to_csv, to_markdown
 from dlp_deploy.bench.report import Report, read_report
+from dlp_deploy.bench.table_csv import to_csv
 from dlp_deploy.bench.worker import EngineWorker, Generation
 
 from .bench_artifacts import exported_artifact
