@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ from ..errors import UserError
 from .report import Report, Run
 
 SCHEMA: Literal[1] = 1
+SUFFIX = ".jsonl"
+REPORT_SUFFIXES = (".json", ".md", ".csv", ".png", ".svg")
 
 
 class Point(BaseModel):
@@ -38,8 +41,22 @@ class Point(BaseModel):
 
     @property
     def is_whole(self) -> bool:
-        """Whether every run of it was timed."""
-        return all(run.status == "ok" and not run.reason for run in self.report.runs)
+        """Whether every run of it was timed to the end."""
+        runs = (*self.report.runs, *self.measured)
+        return all(run.status == "ok" and not run.reason for run in runs)
+
+
+def points_path(output: str | Path) -> Path:
+    """Where the points of a sweep go. Raises UserError for another name than .jsonl: its reports, which are
+    written beside it, would take the place of the points."""
+    path = Path(output)
+    if path.suffix != SUFFIX:
+        name = path.with_suffix(SUFFIX) if path.suffix in REPORT_SUFFIXES else f"{path}{SUFFIX}"
+        raise UserError(
+            f"--output {path}: a sweep keeps its points in a {SUFFIX} file and writes its reports beside it; "
+            f"give {name}"
+        )
+    return path
 
 
 def read_points(path: Path) -> list[Point]:
@@ -49,7 +66,10 @@ def read_points(path: Path) -> list[Point]:
     """
     if not path.exists():
         return []
-    *lines, _unfinished = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    *lines, last = path.read_bytes().split(b"\n")
+    if _is_json(last):
+        # An editor may have taken the newline off.
+        lines.append(last)
     return [_point(path, number, line) for number, line in enumerate(lines, 1)]
 
 
@@ -57,7 +77,12 @@ def append_point(path: Path, point: Point) -> None:
     """Add a line, durably, in the place of one that is unfinished."""
     with path.open("a+b") as stream:
         stream.seek(0)
-        stream.truncate(stream.read().rfind(b"\n") + 1)
+        stored = stream.read()
+        end = stored.rfind(b"\n") + 1
+        if _is_json(stored[end:]):
+            stream.write(b"\n")
+        else:
+            stream.truncate(end)
         stream.write(point.model_dump_json(by_alias=True).encode() + b"\n")
         stream.flush()
         os.fsync(stream.fileno())
@@ -90,7 +115,15 @@ def _middle_run(points: Sequence[Point], name: str) -> Run:
     return timed[sorted(timed)[(len(timed) - 1) // 2]] if timed else runs[0]
 
 
-def _point(path: Path, number: int, line: str) -> Point:
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
+
+
+def _point(path: Path, number: int, line: bytes) -> Point:
     try:
         return Point.model_validate_json(line)
     except ValidationError as error:

@@ -30,7 +30,7 @@ from .measure import measure, total_noise
 from .outcome import Outcome, Workload, holds_logits
 from .plan import Candidate
 from .points import SCHEMA as POINT_SCHEMA
-from .points import Point, append_point, latest, read_points
+from .points import Point, append_point, latest, points_path, read_points
 from .random_model import FAST_BLOCK, RandomModel
 from .report import SCHEMA, Environment, Report, Run
 from .shapes import shape_config
@@ -84,7 +84,7 @@ def sweep(
     there already are not measured again, unless `force` starts anew; .md, .csv, .png and .svg are written
     beside it. Raises UserError for what cannot be measured as asked, before anything is.
     """
-    path = Path(output) if output else Path(f"sweep-{Path(shape).name}.jsonl")
+    path = points_path(output or f"sweep-{Path(shape).name}.jsonl")
     plan = SweepPlan(
         shape=shape,
         sparsities=parse_sparsities(sparsity),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from dlp_deploy.bench.assemble import compare_runs
+from dlp_deploy.bench.points import Point
 from dlp_deploy.bench.report import Environment, LatencyMs, NoiseRecord, Report, Run
 from dlp_deploy.bench.roofline import under_roofs
 from dlp_deploy.bench.statistics import latency
@@ -89,4 +90,17 @@ def _run(name: str, times: np.ndarray, gigabytes: float, facts: Environment) -> 
         samples_ms=tuple(times.ravel().tolist()),
         ttft_samples_ms=tuple(times[:, 0].tolist()),
         roofline=under_roofs(gigabytes * 1e9, 0, 1e8, False, precision, summary.p50, facts),
+    )
+
+
+def point(stored: Report, sparsity: float = 0.7, measured: Sequence[Run] = (), **settings: Any) -> Point:
+    """The point of a sweep that `stored` is the report of."""
+    return Point(
+        schema=1,
+        shape="tiny",
+        quant="int8",
+        sparsity=sparsity,
+        settings=settings,
+        measured=tuple(measured),
+        report=stored,
     )

@@ -9,14 +9,13 @@ import pytest
 
 from dlp_deploy.bench.markdown import to_markdown
 from dlp_deploy.bench.plot import overview, save
-from dlp_deploy.bench.points import Point
-from dlp_deploy.bench.report import EngineRecord, Report
+from dlp_deploy.bench.report import EngineRecord
 from dlp_deploy.bench.sweep_report import to_csv as sweep_csv
 from dlp_deploy.bench.sweep_report import to_markdown as sweep_markdown
 from dlp_deploy.bench.sweep_report import write_sweep_report
 from dlp_deploy.bench.table_csv import to_csv
 
-from .bench_reports import DENSE, SPARSE, report
+from .bench_reports import DENSE, SPARSE, point, report
 
 ROUNDS = np.full((5, 8), 5.0)
 
@@ -56,10 +55,10 @@ def test_a_report_of_one_round_claims_no_interval(tmp_path: Path) -> None:
     assert f"\n{SPARSE}," in to_csv(stored)
     save(overview(stored), tmp_path / "report.png")
     assert (tmp_path / "report.png").stat().st_size > 0
-    point = point_of(stored)
-    write_sweep_report([point], tmp_path / "s.jsonl")
-    assert "| 4.00x (-) |" in sweep_markdown([point])
-    assert ",4.0,,," in sweep_csv([point])
+    swept = point(stored)
+    write_sweep_report([swept], tmp_path / "s.jsonl")
+    assert "| 4.00x (-) |" in sweep_markdown([swept])
+    assert ",4.0,,," in sweep_csv([swept])
 
 
 def test_the_papers_baseline_is_onnx_runtimes_where_there_are_two() -> None:
@@ -69,12 +68,6 @@ def test_the_papers_baseline_is_onnx_runtimes_where_there_are_two() -> None:
     assert report({SPARSE: ROUNDS}).dense_fp32 is None
 
 
-def point_of(stored: Report, sparsity: float = 0.7) -> Point:
-    return Point(
-        schema=1, shape="tiny", quant="int8", sparsity=sparsity, settings={}, measured=(), report=stored
-    )
-
-
 def test_points_that_were_measured_by_other_versions_are_named() -> None:
     samples = {DENSE: 4 * ROUNDS, SPARSE: ROUNDS}
 
@@ -82,8 +75,8 @@ def test_points_that_were_measured_by_other_versions_are_named() -> None:
         record = EngineRecord(title="ORT", licence="MIT", versions={"onnxruntime": version}, notes=())
         return {"onnxruntime": record}
 
-    first = point_of(report(samples, engines=engine("1.23"), git_revision="abc"))
-    second = point_of(report(samples, engines=engine("1.24"), git_revision="abd"), 0.8)
+    first = point(report(samples, engines=engine("1.23"), git_revision="abc"))
+    second = point(report(samples, engines=engine("1.24"), git_revision="abd"), 0.8)
     text = sweep_markdown([first, second])
     assert "- points differ in onnxruntime of ORT: 1.23, 1.24" in text
     assert "- points differ in git revision: abc, abd" in text
