@@ -16,7 +16,7 @@ import numpy as np
 from ..families import Outline
 from .agreement import Agreement, DepthCheck
 from .bandwidth import measure_bandwidth
-from .machine import available_memory, describe_machine, nodes_of
+from .machine import available_memory, cache_bytes, describe_machine, nodes_of
 from .outcome import Outcome, Workload
 from .peak import Peak, measure_peak
 from .report import (
@@ -30,6 +30,7 @@ from .report import (
 )
 from .roofline import roofline, traffic_of
 from .statistics import alike, drift, latency, speedup
+from .worker import WorkerError
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,12 @@ class Roofs:
 
 
 def measure_roofs(cores: Sequence[int]) -> Roofs:
+    """Raises WorkerError where they cannot be measured."""
     return Roofs(tuple(cores), _bandwidth(cores), measure_peak(cores))
 
 
 def _bandwidth(cores: Sequence[int]) -> float:
-    return measure_bandwidth(cores, describe_machine().caches.get("L3", 0), available_memory())
+    return measure_bandwidth(cores, cache_bytes(cores), available_memory())
 
 
 def describe_environment(before: Roofs, outcomes: Sequence[Outcome], again: bool = True) -> Environment:
@@ -57,11 +59,12 @@ def describe_environment(before: Roofs, outcomes: Sequence[Outcome], again: bool
     rates = [before.bandwidth]
     if again:
         # By now there is too much to lose for one more figure.
-        with suppress(OSError, subprocess.CalledProcessError):
+        with suppress(OSError, WorkerError):
             rates.append(_bandwidth(before.cores))
     return Environment(
         **asdict(describe_machine()),
         cores_used=before.cores,
+        cache_bytes=cache_bytes(before.cores),
         nodes_used=nodes_of(before.cores),
         memory_bandwidth_gbps=round(max(rates) / 1e9, 2),
         memory_bandwidth_spread=round(1 - min(rates) / max(rates), 4) if len(rates) > 1 else None,

@@ -106,9 +106,18 @@ def environment_folder(engine: Engine, version: tuple[int, int]) -> Path:
 
 
 def clean_environment() -> dict[str, str]:
-    """The variables to start an engine's interpreter with: ours, less what would lead it astray."""
+    """The variables to start the interpreter of an environment of its own with: ours, less what would lead it
+    astray."""
     kept = {name: value for name, value in os.environ.items() if name not in _LEADING_ASTRAY}
     return {**kept, "PYTHONNOUSERSITE": "1", "NM_DISABLE_ANALYTICS": "1"}
+
+
+def engine_environment(engine: Engine) -> dict[str, str]:
+    """The variables to start the interpreter of `engine` with. In the main environment it imports from where
+    we do, a user's own folder and PYTHONPATH too; an environment of its own is kept apart from those."""
+    if engine.lock is None:
+        return {**os.environ, "NM_DISABLE_ANALYTICS": "1"}
+    return clean_environment()
 
 
 def find_python(engine: Engine) -> tuple[Path, tuple[int, int]]:

@@ -9,15 +9,18 @@ import math
 import os
 import platform
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UserError
+from ..progress import say
 
 ROOT = Path("/")
 # What cpu.stat of a cgroup calls the time in which it was throttled, and its unit in seconds.
 _THROTTLED = {"throttled_usec": 1e-6, "throttled_time": 1e-9}
+# A core below this share of the fastest one's speed is of another kind; favoured ones are just a bit faster.
+ANOTHER_KIND = 0.85
 # Instruction sets that decide how fast an engine is, as /proc/cpuinfo names them.
 TELLING_FLAGS = (
     "avx2",
@@ -73,6 +76,16 @@ class Machine:
     operating_system: str
 
 
+@dataclass(frozen=True)
+class _Cache:
+    """One cache: its name (L1d, L1i, L2, L3), its size in bytes, and the list of the threads that use it."""
+
+    level: int
+    name: str
+    size: int
+    shared_by: str
+
+
 def describe_machine(root: Path = ROOT) -> Machine:
     """Read the machine's description."""
     cpus, info = read_topology(root), _cpuinfo(root)
@@ -87,7 +100,7 @@ def describe_machine(root: Path = ROOT) -> Machine:
         logical_cores=len(cpus),
         usable_cores=usable_cores(root),
         cpu_quota=cpu_quota(root),
-        caches=_caches(root, cpus[0].number),
+        caches={cache.name: cache.size for cache in _caches_of(root, cpus[0].number)},
         governor=_read(root / f"sys/devices/system/cpu/cpu{cpus[0].number}/cpufreq/scaling_governor"),
         clock_ghz=_clock_ghz(root, cpus[0].number, info),
         hypervisor="hypervisor" in flags,
@@ -118,24 +131,24 @@ def choose_cores(
     """Logical CPU numbers of `count` distinct physical cores (None: all usable ones), one per core.
 
     They are on the smallest NUMA node that has so many, or else on as few nodes as can be. `allowed`
-    defaults to this process's affinity. Raises UserError when there are not so many.
+    defaults to this process's affinity. Of a hybrid processor the fast cores come first, and None takes no
+    others: the slow ones would set the pace. Raises UserError when there are not so many.
     """
     nodes = _allowed_cores(root, allowed)
-    quota, most = cpu_quota(root), sum(map(len, nodes))
-    if quota is not None:
-        most = min(most, max(1, math.floor(quota)))
-    wanted = most if count is None else count
-    if wanted < 1:
-        raise UserError(f"--cores {count}: at least one core is needed")
-    if wanted > most:
-        physical = len({cpu.core for cpu in read_topology(root)})
-        limit = f", of which affinity and cgroup leave us {most}" if most < physical else ""
-        has = f"this machine has {physical} physical core{'s' if physical > 1 else ''}{limit}"
-        raise UserError(f"--cores {count}: {has}; use --cores {most}{' or fewer' if most > 1 else ''}")
+    fast, most = _fast_cores([core for node in nodes for core in node], root), _granted(nodes, root)
+    wanted = min(most, len(fast)) if count is None else count
+    _require_cores(wanted, most, root)
+    if count is None and wanted < most:
+        say(f"Using the {wanted} fast cores; slower ones would set the pace (--cores {most} takes them too)")
+    if wanted > len(fast):
+        say(f"--cores {wanted}: {wanted - len(fast)} of them are slower cores, which will set the pace")
+    else:
+        nodes = [chosen for node in nodes if (chosen := [core for core in node if core in fast])]
     fitting = [node for node in nodes if len(node) >= wanted]
     largest_first = sorted(nodes, key=len, reverse=True)
     chosen = [min(fitting, key=len)] if fitting else largest_first
-    return tuple([core for node in chosen for core in node][:wanted])
+    fast_first = sorted((core for node in chosen for core in node), key=lambda core: core not in fast)
+    return tuple(fast_first[:wanted])
 
 
 def nodes_of(cores: Sequence[int], root: Path = ROOT) -> tuple[int, ...]:
@@ -156,8 +169,19 @@ def cores_beside(cores: Sequence[int], root: Path = ROOT) -> tuple[int, ...]:
     return tuple(cpu.number for cpu in read_topology(root) if cpu.number not in own)
 
 
-def usable_cores(root: Path = ROOT) -> int:
-    return len(choose_cores(None, root))
+def usable_cores(root: Path = ROOT, allowed: Iterable[int] | None = None) -> int:
+    """How many physical cores affinity (or `allowed`) and cgroup leave us, slow ones too."""
+    return _granted(_allowed_cores(root, allowed), root)
+
+
+def cache_bytes(cores: Sequence[int], root: Path = ROOT) -> int:
+    """What the caches of `cores` from the second level on hold together; those that they share count once."""
+    held: dict[tuple[str, str], int] = {}
+    for core in cores:
+        for cache in _caches_of(root, core):
+            if cache.level > 1:
+                held[cache.name, cache.shared_by] = cache.size
+    return sum(held.values())
 
 
 def require_avx2(root: Path = ROOT) -> None:
@@ -218,6 +242,43 @@ def _allowed_cores(root: Path, allowed: Iterable[int] | None) -> list[list[int]]
     return list(nodes.values())
 
 
+def _require_cores(wanted: int, most: int, root: Path) -> None:
+    if wanted < 1:
+        raise UserError(f"--cores {wanted}: at least one core is needed")
+    if wanted > most:
+        physical = len({cpu.core for cpu in read_topology(root)})
+        limit = f", of which affinity and cgroup leave us {most}" if most < physical else ""
+        has = f"this machine has {physical} physical core{'s' if physical > 1 else ''}{limit}"
+        raise UserError(f"--cores {wanted}: {has}; use --cores {most}{' or fewer' if most > 1 else ''}")
+
+
+def _granted(nodes: Sequence[Sequence[int]], root: Path) -> int:
+    """How many of the cores in `nodes` a cgroup's quota lets work all the time."""
+    quota, most = cpu_quota(root), sum(map(len, nodes))
+    return most if quota is None else min(most, max(1, math.floor(quota)))
+
+
+def _fast_cores(cores: Sequence[int], root: Path) -> set[int]:
+    """Those of `cores` that are of the fastest kind among them: all, unless the processor is a hybrid one."""
+    speeds = _speeds(cores, root)
+    fastest = max(speeds.values(), default=0.0)
+    return {core for core, speed in speeds.items() if speed >= ANOTHER_KIND * fastest}
+
+
+def _speeds(cores: Sequence[int], root: Path) -> dict[int, float]:
+    """How fast each core is, in a unit that is the same for all; alike where the kernel does not say."""
+    devices = root / "sys/devices"
+    performance = _read(devices / "cpu_core/cpus")
+    if performance and _read(devices / "cpu_atom/cpus"):
+        fast = set(_numbers(performance))
+        return {core: float(core in fast) for core in cores}
+    for name in ("cpu_capacity", "cpufreq/cpuinfo_max_freq"):
+        stated = [_read(devices / f"system/cpu/cpu{core}" / name) for core in cores]
+        if all(stated):
+            return {core: float(value or 0) for core, value in zip(cores, stated, strict=True)}
+    return dict.fromkeys(cores, 1.0)
+
+
 def _cgroup_folders(root: Path) -> list[Path]:
     """Folders of this process's cgroups and their parents: any of them may hold a limit."""
     base = root / "sys/fs/cgroup"
@@ -247,15 +308,14 @@ def _clock_ghz(root: Path, cpu: int, info: Mapping[str, str]) -> float | None:
     return round(float(info["cpu MHz"]) / 1000, 3) if "cpu MHz" in info else None
 
 
-def _caches(root: Path, cpu: int) -> dict[str, int]:
-    """Size in bytes of each cache that hardware thread `cpu` uses, by name: L1d, L1i, L2, L3."""
-    caches = {}
+def _caches_of(root: Path, cpu: int) -> Iterator[_Cache]:
+    """The caches that hardware thread `cpu` uses."""
     for index in sorted((root / f"sys/devices/system/cpu/cpu{cpu}/cache").glob("index[0-9]*")):
         level, kind, size = (_read(index / name) for name in ("level", "type", "size"))
         if level and kind and size:
             suffix = {"Data": "d", "Instruction": "i"}.get(kind, "")
-            caches[f"L{level}{suffix}"] = _bytes(size)
-    return caches
+            shared_by = _read(index / "shared_cpu_list") or str(cpu)
+            yield _Cache(int(level), f"L{level}{suffix}", _bytes(size), shared_by)
 
 
 def _bytes(size: str) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from .report import Environment, Report
 from .summary import HEADINGS, headline, interval, run_rows, title
 
-# Weights of so many times the L3 cache do not gain from it.
+# Weights of so many times the caches do not gain from them.
 CACHED = 4
 
 
@@ -131,7 +131,7 @@ def _roofline_lines(report: Report) -> list[str]:
 
 
 def _beyond_memory(environment: Environment, weight_bytes: int) -> str:
-    if weight_bytes < CACHED * environment.caches.get("L3", 0):
+    if weight_bytes < CACHED * (environment.cache_bytes or environment.caches.get("L3", 0)):
         return "More than 100 % of the memory's rate: the caches hold a part of the weights."
     return (
         "More than 100 % of the memory's rate, and far more weights than the caches hold: the memory was "

@@ -1,22 +1,22 @@
 """The processor's peak rate of matrix products in fp32 and int8: the other roof over every run.
 
-Run as a program of its own (`python peak.py 0,1`), pinned to the cores given, one thread on each;
-prints operations (a multiplication or an addition) per second in fp32 and in int8.
+Run as a program of its own (`python -m dlp_deploy.bench.peak 0,1`), pinned to the cores given, one thread on
+each; prints operations (a multiplication or an addition) per second in fp32 and in int8.
 """
 
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import onnxruntime
 from onnx import TensorProto, helper
+
+from .probe import ask
 
 # Large enough to be bound by arithmetic, small enough for a fraction of a second.
 ROWS, INNER, COLUMNS = 512, 2048, 2048
@@ -33,12 +33,8 @@ class Peak:
 
 def measure_peak(cores: Sequence[int]) -> Peak:
     """The best rates that ONNX Runtime's matrix products reach on `cores`: a roof that software reaches,
-    lower than what the data sheet multiplies out to."""
-    # -I: this folder must not come before the standard library, which has a statistics.py too.
-    command = [sys.executable, "-I", str(Path(__file__)), ",".join(map(str, cores))]
-    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "ORT_DISABLE_TELEMETRY": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    fp32, int8 = map(float, done.stdout.split())
+    lower than what the data sheet multiplies out to. Raises WorkerError where they cannot be measured."""
+    fp32, int8 = ask(__name__, cores)
     return Peak(fp32, int8)
 
 

@@ -192,6 +192,9 @@ class Environment(_Stored):
     cores_used: tuple[int, ...]
     nodes_used: tuple[int, ...] = Field(default=(), description="NUMA nodes of the used cores")
     caches: dict[str, int]
+    cache_bytes: int | None = Field(
+        default=None, description="what the L2 and L3 caches of the used cores hold together"
+    )
     governor: str | None
     hypervisor: bool
     memory_bytes: int

@@ -19,8 +19,9 @@ from typing import IO, Any
 
 import numpy as np
 
+from ..progress import Advance
 from .engines import Engine
-from .environments import clean_environment, interpreter
+from .environments import engine_environment, interpreter
 from .workers import __file__ as _workers_file
 from .workers import frames
 
@@ -94,7 +95,7 @@ class EngineWorker:
                 stdin=theirs.fileno(),
                 stdout=log,
                 stderr=log,
-                env=_environment(len(cores), scratch.name),
+                env=_environment(engine, len(cores), scratch.name),
                 start_new_session=True,
             )
         ours.settimeout(time_limit_s)
@@ -224,11 +225,11 @@ class EngineWorker:
         return f"; its last words: {telling[0][:300]}" if telling else ""
 
 
-def _environment(threads: int, scratch: str) -> dict[str, str]:
+def _environment(engine: Engine, threads: int, scratch: str) -> dict[str, str]:
     """Thread counts that agree with the cores, for engines that read them from variables only, and the
     folder for temporary files."""
     return {
-        **clean_environment(),
+        **engine_environment(engine),
         "TMPDIR": scratch,
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),

@@ -23,6 +23,7 @@ from dlp_deploy.bench.environments import (
     interpreter,
     list_engines,
 )
+from dlp_deploy.bench.worker import EngineWorker
 from dlp_deploy.errors import UserError
 
 HERE = (sys.version_info.major, sys.version_info.minor)
@@ -176,3 +177,23 @@ def test_variables_that_lead_astray_are_not_passed_on(
     monkeypatch.setenv("PIP_TARGET", str(tmp_path / "astray"))
     python = install_engine(replace(small))
     assert list(python.parent.parent.glob("lib/python*/site-packages/six.py"))
+
+
+def test_an_engine_of_the_main_environment_imports_from_where_we_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it needs may be in a user's own folder, or on PYTHONPATH."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "module_of_the_path.py").write_text("VERSION = '1.2'")
+    (tmp_path / "engine.py").write_text(
+        "import os, module_of_the_path\n"
+        "class Session:\n"
+        "    def __init__(self, threads):\n"
+        "        kept_apart = os.environ.get('PYTHONNOUSERSITE', 'no')\n"
+        "        self.versions = {'module': module_of_the_path.VERSION, 'kept apart': kept_apart}\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "elsewhere"))
+    monkeypatch.delenv("PYTHONNOUSERSITE", raising=False)
+    engine = Engine("own", "Own 1.0", str(tmp_path / "engine.py"), "own", ("fp32",), "MIT", ("numpy",))
+    with EngineWorker.spawn(engine, [min(os.sched_getaffinity(0))], time_limit_s=60) as worker:
+        assert worker.versions == {"module": "1.2", "kept apart": "no"}

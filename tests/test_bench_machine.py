@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from dlp_deploy.bench.bandwidth import measure_bandwidth
+from dlp_deploy.bench.bandwidth import buffer_bytes, measure_bandwidth, pass_rates
 from dlp_deploy.bench.machine import (
     available_memory,
+    cache_bytes,
     choose_cores,
     cores_beside,
     cpu_quota,
@@ -22,7 +24,10 @@ from dlp_deploy.bench.machine import (
     require_avx2,
     siblings_of,
     throttled_seconds,
+    usable_cores,
 )
+from dlp_deploy.bench.peak import measure_peak
+from dlp_deploy.bench.worker import WorkerError
 from dlp_deploy.errors import UserError
 
 FLAGS = "fpu avx avx2 avx512f avx512_vnni hypervisor"
@@ -94,6 +99,55 @@ def test_time_that_a_quota_took(tmp_path: Path, stat: str) -> None:
     assert throttled_seconds(root) == 0
     write(root / "sys/fs/cgroup/jobs/mine/cpu.stat", f"nr_throttled 3\n{stat}")
     assert throttled_seconds(root) == 2.5
+
+
+def hybrid(root: Path, speeds: dict[str, tuple[int, int]], pmu: bool) -> Path:
+    """A laptop: two fast cores with two threads each, 0-3, and four slow ones, 4-7. `speeds` are what files
+    below each thread's folder say of a fast and of a slow one."""
+    cpu = root / "sys/devices/system/cpu"
+    write(cpu / "online", "0-7")
+    for number in range(8):
+        siblings = f"{number - number % 2}-{number - number % 2 + 1}" if number < 4 else str(number)
+        write(cpu / f"cpu{number}/topology/core_cpus_list", siblings)
+        for name, (fast, slow) in speeds.items():
+            write(cpu / f"cpu{number}" / name, str(fast if number < 4 else slow))
+    if pmu:
+        write(root / "sys/devices/cpu_core/cpus", "0-3")
+        write(root / "sys/devices/cpu_atom/cpus", "4-7")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("speeds", "pmu"),
+    [
+        ({}, True),
+        ({"cpu_capacity": (1024, 620)}, False),
+        ({"cpufreq/cpuinfo_max_freq": (4_800_000, 3_700_000)}, False),
+    ],
+)
+def test_of_a_hybrid_processor_the_fast_cores_are_used(
+    tmp_path: Path,
+    speeds: dict[str, tuple[int, int]],
+    pmu: bool,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    root = hybrid(tmp_path, speeds, pmu)
+    assert choose_cores(None, root, range(8)) == (0, 2)
+    told = " ".join(capsys.readouterr().err.split())
+    assert "Using the 2 fast cores; slower ones would set the pace (--cores 6 takes them too)" in told
+    assert choose_cores(2, root, range(8)) == (0, 2)
+    assert capsys.readouterr().err == ""
+    assert choose_cores(4, root, range(8)) == (0, 2, 4, 5)
+    assert "--cores 4: 2 of them are slower cores" in capsys.readouterr().err
+    assert usable_cores(root, range(8)) == 6
+    # Where affinity leaves slow cores alone, they are what there is.
+    assert choose_cores(None, root, range(4, 8)) == (4, 5, 6, 7)
+
+
+def test_favoured_cores_are_no_kind_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = hybrid(tmp_path, {"cpufreq/cpuinfo_max_freq": (5_800_000, 5_500_000)}, pmu=False)
+    assert choose_cores(None, root, range(8)) == (0, 2, 4, 5, 6, 7)
+    assert capsys.readouterr().err == ""
 
 
 def test_affinity_is_respected_and_siblings_stand_in(tmp_path: Path) -> None:
@@ -169,6 +223,23 @@ def test_the_description_of_a_machine(tmp_path: Path) -> None:
     assert machine.hypervisor
 
 
+def test_caches_that_cores_share_count_once(tmp_path: Path) -> None:
+    """Eight cores in two groups, as EPYC has them: a third level for each group, a second for each core."""
+    for number in range(8):
+        group = "0-3" if number < 4 else "4-7"
+        levels = ((1, "Data", "32K", str(number)), (2, "Unified", "512K", str(number)))
+        for index, (level, kind, size, shared) in enumerate((*levels, (3, "Unified", "32M", group))):
+            cache = tmp_path / f"sys/devices/system/cpu/cpu{number}/cache/index{index}"
+            write(cache / "level", str(level))
+            write(cache / "type", kind)
+            write(cache / "size", size)
+            write(cache / "shared_cpu_list", shared)
+    assert cache_bytes(range(8), tmp_path) == (64 << 20) + (4 << 20)
+    assert cache_bytes([0, 1], tmp_path) == (32 << 20) + (1 << 20)
+    assert cache_bytes([3, 4], tmp_path) == (64 << 20) + (1 << 20)
+    assert cache_bytes([9], tmp_path) == 0
+
+
 def test_a_processor_without_avx2_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Xeon Gold has no AVX2"):
         require_avx2(server(tmp_path, flags="fpu sse4_2 avx"))
@@ -186,7 +257,7 @@ def test_this_machine() -> None:
     machine = describe_machine()
     cores = choose_cores(None)
     assert set(cores) <= os.sched_getaffinity(0)
-    assert len(cores) == machine.usable_cores <= machine.physical_cores <= len(read_topology())
+    assert 1 <= len(cores) <= machine.usable_cores <= machine.physical_cores <= len(read_topology())
     assert 0 < available_memory() <= machine.memory_bytes
     with pytest.raises(UserError, match=f"this machine has {machine.physical_cores} physical core"):
         choose_cores(10_000)
@@ -203,3 +274,44 @@ def test_bandwidth_is_that_of_memory_and_no_more() -> None:
         np.copyto(target, source)
         best = max(best, 2 * source.nbytes / (time.perf_counter() - start))
     assert best / 3 < found < 10 * best
+
+
+def test_more_is_read_than_all_caches_hold_and_enough_by_each_core() -> None:
+    gib = 1 << 30
+    assert buffer_bytes(2, 33 << 20, 64 * gib) == 256 << 20
+    assert buffer_bytes(2, 200 << 20, 64 * gib) == 800 << 20
+    assert buffer_bytes(24, 60 << 20, 64 * gib) == 24 * (64 << 20)
+    assert buffer_bytes(64, 288 << 20, 512 * gib) == 4 * gib
+    assert buffer_bytes(64, 288 << 20, 4 * gib) == gib
+
+
+def test_a_pass_lasts_from_the_first_thread_that_began_to_the_last_that_ended() -> None:
+    spans = np.array([[[0.0, 2.0], [10.0, 11.0]], [[1.5, 3.5], [10.0, 12.0]], [[0.5, 4.0], [10.5, 11.0]]])
+    assert pass_rates(spans, 800).tolist() == [200, 400]
+
+
+@pytest.mark.parametrize(
+    ("program", "measured"),
+    [
+        ("bandwidth", lambda core: measure_bandwidth([core], cache_bytes=0, available_bytes=1 << 30)),
+        ("peak", lambda core: measure_peak([core])),
+    ],
+)
+def test_a_measuring_program_imports_from_where_we_do_and_fails_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, measured: Callable[[int], object]
+) -> None:
+    """NumPy may be in a user's own folder, or on PYTHONPATH: here there is one that says so."""
+    write(tmp_path / "numpy" / "__init__.py", "raise ImportError('numpy of the path')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    told = rf"^this machine could not be measured \({program}\): ImportError: numpy of the path$"
+    with pytest.raises(WorkerError, match=told):
+        measured(*choose_cores(1))
+
+
+def test_files_of_the_folder_we_are_in_are_not_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "statistics.py", "raise ImportError('statistics of this folder')")
+    write(tmp_path / "numpy.py", "raise ImportError('numpy of this folder')")
+    monkeypatch.chdir(tmp_path)
+    assert measure_bandwidth(choose_cores(1), cache_bytes=0, available_bytes=1 << 26) > 0

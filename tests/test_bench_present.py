@@ -21,14 +21,21 @@ ROUNDS = np.full((5, 8), 5.0)
 
 
 @pytest.mark.parametrize(
-    ("l3_bytes", "reason"),
-    [(1 << 28, "the caches hold a part"), (1 << 24, "far more weights than")],
+    ("l3_bytes", "cache_bytes", "reason"),
+    [
+        (1 << 28, 1 << 28, "the caches hold a part"),
+        (1 << 24, 1 << 24, "far more weights than"),
+        # Eight third level caches, of which each core uses one; and a report that does not tell.
+        (1 << 24, 1 << 27, "the caches hold a part"),
+        (1 << 28, None, "the caches hold a part"),
+    ],
 )
 def test_more_than_the_memory_gives_is_explained_by_caches_only_where_they_are_large(
-    l3_bytes: int, reason: str
+    l3_bytes: int, cache_bytes: int | None, reason: str
 ) -> None:
     # 0.1 GB in 5 ms are twice the 10 GB/s of the memory.
-    text = to_markdown(report({SPARSE: ROUNDS}, gigabytes=0.1, caches={"L3": l3_bytes}))
+    caches = {"caches": {"L3": l3_bytes}, "cache_bytes": cache_bytes}
+    text = to_markdown(report({SPARSE: ROUNDS}, gigabytes=0.1, **caches))
     assert "| 200% |" in text
     (line,) = [line for line in text.splitlines() if line.startswith("More than 100 %")]
     assert reason in line
