@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 
+from ..export.plan import BASELINE_BLOCK_SIZE
 from .report import Environment, NoiseRecord, Run
 from .statistics import DRIFT_LIMIT
 
@@ -18,21 +20,57 @@ BANDWIDTH_LIMIT = 1.1
 FEW_ROUNDS = 5
 # The dense models without which the best dense one may be a slow one.
 BEST_DENSE = ("int8", "int4")
+# A cache of fewer tokens takes next to no time, and that is the part which sparse weights do not shorten.
+SHALLOW = 256
+# The memory's rate before and after the runs.
+SPREAD_LIMIT = 0.1
+# What the notes of a graph in blocks say of its scales.
+_BLOCK = re.compile(r"one scale per (\d+) inputs")
 
 
 def warnings(
-    runs: Sequence[Run], noise: NoiseRecord, environment: Environment | None = None
+    runs: Sequence[Run],
+    noise: NoiseRecord,
+    environment: Environment | None = None,
+    measured: Sequence[Run] = (),
+    all_loaded: bool = True,
 ) -> tuple[str, ...]:
-    """One line for each reason to doubt; `noise` is that of all runs together."""
-    found = [*_disturbances(runs, noise)]
-    if environment and len(environment.nodes_used) > 1:
-        nodes = " and ".join(map(str, environment.nodes_used))
-        found.append(f"the cores are on NUMA nodes {nodes}: each reads the memory of the others slowly")
-    for run in runs:
+    """One line for each reason to doubt; `noise` is that of all runs together, `measured` are the runs that
+    some of `runs` were extrapolated from, and `all_loaded` says whether all models were in memory at once."""
+    made = [run for run in (*runs, *measured) if not run.extrapolated_from]
+    found = [*_disturbances(made, noise)]
+    if environment:
+        found += _conditions(environment)
+    if not all_loaded:
+        found.append(
+            "memory did not hold all models at once, so that loading and warming up came between the two "
+            "sides of a ratio: they are minutes apart, and what changes within minutes is in the ratio; "
+            "measure fewer runs at a time"
+        )
+    # One of a pair that was not timed is named by the reason of what is extrapolated from the pair.
+    for run in (*runs, *(run for run in measured if run.status == "ok")):
         found += _doubts(run)
     found += _few_rounds(runs)
+    found += _shallow(runs)
     found += _missing_baselines(runs)
+    found += _fine_blocks(runs)
     return tuple(found)
+
+
+def _conditions(environment: Environment) -> Iterator[str]:
+    if len(environment.nodes_used) > 1:
+        nodes = " and ".join(map(str, environment.nodes_used))
+        yield f"the cores are on NUMA nodes {nodes}: each reads the memory of the others slowly"
+    if environment.governor == "powersave":
+        yield (
+            "the clock's governor is powersave: cores may run below their full clock, and not always alike; "
+            "set it with: sudo cpupower frequency-set --governor performance"
+        )
+    if (environment.memory_bandwidth_spread or 0) > SPREAD_LIMIT:
+        yield (
+            f"the memory was read at rates {environment.memory_bandwidth_spread:.0%} apart before and after "
+            "the runs: conditions were not steady, and shares of the memory's rate are as uncertain"
+        )
 
 
 def _disturbances(runs: Sequence[Run], noise: NoiseRecord) -> Iterator[str]:
@@ -80,12 +118,8 @@ def _exceeds(noise: NoiseRecord, share: str, limit: float, sign: int = 1) -> boo
 def _doubts(run: Run) -> Iterator[str]:
     if run.status != "ok":
         yield f"{run.name} is not timed ({run.status}): {run.reason}"
-    elif run.reason:
-        yield f"{run.name} ended early, and has only the rounds before: {run.reason}"
-    if not run.settled:
-        yield f"{run.name} had not settled after {run.warm_ups} warm-ups: its times may still change"
-    if not run.same_tokens:
-        yield f"{run.name} generated different tokens in different rounds of the same text"
+    elif not run.extrapolated_from:
+        yield from _doubts_of_measurement(run)
     if run.drift is not None and run.drift > DRIFT_LIMIT:
         yield f"{run.name} varied by {run.drift:.0%} from round to round: conditions were not steady"
     if run.extrapolated_from and run.roofline and run.roofline.bandwidth_share > BANDWIDTH_LIMIT:
@@ -93,6 +127,15 @@ def _doubts(run: Run) -> Iterator[str]:
             f"{run.name}, which is extrapolated, would read memory at {run.roofline.bandwidth_share:.0%} "
             "of the measured bandwidth: its time is too short, and speed-ups over it are too small"
         )
+
+
+def _doubts_of_measurement(run: Run) -> Iterator[str]:
+    if run.reason:
+        yield f"{run.name} ended early, and has only the rounds before: {run.reason}"
+    if not run.settled:
+        yield f"{run.name} had not settled after {run.warm_ups} warm-ups: its times may still change"
+    if not run.same_tokens:
+        yield f"{run.name} generated different tokens in different rounds of the same text"
 
 
 def _few_rounds(runs: Sequence[Run]) -> Iterator[str]:
@@ -108,12 +151,50 @@ def _few_rounds(runs: Sequence[Run]) -> Iterator[str]:
         )
 
 
+def _shallow(runs: Sequence[Run]) -> Iterator[str]:
+    depths = [((run.filled_tokens or 0) + run.prompt_tokens, run.new_tokens) for run in runs if run.tpot_ms]
+    if depths and min(depths)[0] < SHALLOW:
+        depth, new = min(depths)
+        yield (
+            f"decoding was timed behind {depth} to {depth + new - 2} cached tokens: attention to so few "
+            "takes next to no time, which flatters sparse weights; give --context 512 or more"
+        )
+
+
 def _missing_baselines(runs: Sequence[Run]) -> Iterator[str]:
-    timed = {run.precision for run in runs if run.dense and run.tpot_ms and run.engine == "onnxruntime"}
-    if not any(run.dense and run.tpot_ms for run in runs):
+    dense = [run for run in runs if run.dense and run.tpot_ms]
+    if not dense:
         yield "no dense baseline was timed, so there is no speed-up to report"
-    elif missing := [precision for precision in BEST_DENSE if precision not in timed]:
+        return
+    if not any(run.precision == "fp32" for run in dense):
+        yield (
+            "dense fp32 was not timed, so there is no speed-up over it, which is what papers state; "
+            "add it with --baseline fp32,int8,int4"
+        )
+    timed = {run.precision for run in dense if run.engine == "onnxruntime"}
+    if missing := [precision for precision in BEST_DENSE if precision not in timed]:
         yield (
             f"dense {' and '.join(missing)} in ONNX Runtime was not timed: the best dense run is only the "
             "best of those that were"
         )
+
+
+def _fine_blocks(runs: Sequence[Run]) -> Iterator[str]:
+    """Dense baselines that a finer grid than the fastest has slowed down."""
+    sizes = [(run, block_size(run)) for run in runs if run.dense and run.engine == "onnxruntime"]
+    slow = [(run, size) for run, size in sizes if size and size < BASELINE_BLOCK_SIZE]
+    if slow:
+        named = ", ".join(f"{run.name} {size}" for run, size in slow)
+        precisions = ",".join(run.precision for run, _ in slow)
+        yield (
+            f"so few weights of a dense baseline share a scale ({named}) that it is slower than with "
+            f"{BASELINE_BLOCK_SIZE}, and speed-ups over it are too large; mend an artifact with: dlp-deploy "
+            f"export ARTIFACT --target none --baseline {precisions} --force, a sweep with: --block-size "
+            f"{BASELINE_BLOCK_SIZE}"
+        )
+
+
+def block_size(run: Run) -> int | None:
+    """How many weights share a scale, where its notes say so."""
+    found = _BLOCK.search("; ".join(run.notes))
+    return int(found[1]) if found else None

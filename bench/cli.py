@@ -107,7 +107,13 @@ def sweep(
     cores: Cores = None,
     prompt_tokens: PromptTokens = 64,
     new_tokens: NewTokens = 32,
-    context: Context = None,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            help="KV cache positions, filled to this depth. Default: 512, or as many as the shape has; an "
+            "emptier cache flatters sparse weights."
+        ),
+    ] = None,
     repeats: Repeats = 5,
     seed: Annotated[int, typer.Option(help="Seed of the random weights and tokens.")] = 0,
     time_limit: TimeLimit = 3600,
@@ -116,7 +122,7 @@ def sweep(
 ) -> None:
     """Speed-up by sparsity of a real shape with random weights: the paper's figure, without its models.
 
-    [bold]dlp-deploy bench sweep --shape tinyllama-1.1b --context 512[/bold]
+    [bold]dlp-deploy bench sweep --shape tinyllama-1.1b[/bold]
 
     Each finished point is one line of the output; the same command goes on where it was stopped.
     """

@@ -68,6 +68,11 @@ def _explanation(report: Report) -> str:
         "the logarithms of the ratios of single rounds.",
         "Peak memory is that of the engine's process, from loading to the last token.",
     ]
+    if not report.all_loaded:
+        lines.append(
+            "Memory did not hold all models at once: between the two sides of a ratio some were loaded and "
+            "warmed up."
+        )
     if filled := report.runs[0].filled_tokens:
         lines.append(f"Before the prompt, the cache was filled with {filled} tokens, untimed.")
     if text := report.evaluation:
@@ -210,11 +215,20 @@ def _depth_lines(report: Report) -> list[str]:
     headings = ("run", "against", "positions", "max error", "mean error", "limit", "same arg max")
     return [
         "",
-        "In the processes that were timed, at the depth that was timed:",
+        f"In {_processes(report)}, at the depth that was timed:",
         "",
         markdown_table(headings, rows),
         *_unchecked_lines(report),
     ]
+
+
+def _processes(report: Report) -> str:
+    if report.all_loaded:
+        return "the processes that were timed"
+    return (
+        "processes that had loaded what was timed (some loaded it again before that, as memory did not hold "
+        "all models at once)"
+    )
 
 
 def _unchecked_lines(report: Report) -> list[str]:

@@ -14,8 +14,6 @@ from ..errors import UserError
 from .report import Report, Run
 
 SCHEMA: Literal[1] = 1
-SUFFIX = ".jsonl"
-REPORT_SUFFIXES = (".json", ".md", ".csv", ".png", ".svg")
 
 
 class Point(BaseModel):
@@ -44,19 +42,6 @@ class Point(BaseModel):
         """Whether every run of it was timed to the end."""
         runs = (*self.report.runs, *self.measured)
         return all(run.status == "ok" and not run.reason for run in runs)
-
-
-def points_path(output: str | Path) -> Path:
-    """Where the points of a sweep go. Raises UserError for another name than .jsonl: its reports, which are
-    written beside it, would take the place of the points."""
-    path = Path(output)
-    if path.suffix != SUFFIX:
-        name = path.with_suffix(SUFFIX) if path.suffix in REPORT_SUFFIXES else f"{path}{SUFFIX}"
-        raise UserError(
-            f"--output {path}: a sweep keeps its points in a {SUFFIX} file and writes its reports beside it; "
-            f"give {name}"
-        )
-    return path
 
 
 def read_points(path: Path) -> list[Point]:

@@ -68,8 +68,7 @@ class RandomModel:
         weights = Weights(self.checkpoint(), self.decoder)
         with progress(f"Writing {graph.label}", self.decoder.blocks) as advance:
             written = write_graph(folder, graph, weights, self.decoder, self.config, advance)
-        # The first note of a quantized graph tells how real weights are smoothed and rounded.
-        return written if precision == "fp32" else replace(written, notes=written.notes[1:])
+        return replace(written, notes=tuple(note.removeprefix("smoothed; ") for note in written.notes))
 
     def reference(self, folder: Path, ids: np.ndarray, prompt: int) -> Reference:
         """What fp32 torch says of it after ids int64 [n]: after the prompt and after each later token.

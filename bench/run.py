@@ -191,6 +191,8 @@ class _Bench:
         early = (f"the bench was stopped by {stopped}: what it had not finished is missing",)
         return Report(
             schema=SCHEMA,
+        # Of a bench that was stopped it is not known whether all were loaded.
+        doubts = warnings(runs, noise, environment, all_loaded=self.all_loaded or bool(stopped))
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             dlp_deploy=version("dlp-deploy"),
             artifact=self.artifact,
@@ -202,7 +204,7 @@ class _Bench:
             runs=runs,
             comparisons=compare_runs(runs),
             noise=noise,
-            warnings=(*(early if stopped else ()), *warnings(runs, noise, environment)),
+            warnings=(*(early if stopped else ()), *doubts),
         )
 
 

@@ -44,10 +44,11 @@ def latency(samples_ms: np.ndarray) -> Latency:
 def speedup(baseline_ms: np.ndarray, run_ms: np.ndarray) -> Ratio:
     """How many times faster a run is than a baseline measured in the same rounds: the median of all ratios.
 
-    Both are float64 [rounds, samples]; sample i of both decodes the token at the same depth, and round r
-    of both was made within the same minutes, so their ratio is free of what slows both. Samples of one
-    round resemble each other, so the interval is Student's, over the logarithms of the rounds' medians. (A
-    bootstrap of so few rounds claims too much: of five it holds the truth 4 times in 5.)
+    Both are float64 [rounds, samples]; sample i of both decodes the token at the same depth, and round r of
+    both was made in the same turn of all runs, so their ratio is free of what slows both for longer than
+    that. (Where memory does not hold all models, some are loaded in each turn, which takes minutes.) Samples
+    of one round resemble each other, so the interval is Student's, over the logarithms of the rounds'
+    medians. (A bootstrap of so few rounds claims too much: of five it holds the truth 4 times in 5.)
     """
     ratios = baseline_ms / run_ms
     return _ratio(float(np.median(ratios)), np.log(np.median(ratios, axis=1)))

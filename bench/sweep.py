@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -28,9 +29,10 @@ from .extrapolate import extrapolate
 from .machine import describe_machine
 from .measure import measure, total_noise
 from .outcome import Outcome, Workload, holds_logits
+from .outputs import require_suffix, require_writable
 from .plan import Candidate
 from .points import SCHEMA as POINT_SCHEMA
-from .points import Point, append_point, latest, points_path, read_points
+from .points import Point, append_point, latest, read_points
 from .random_model import FAST_BLOCK, RandomModel
 from .report import SCHEMA, Environment, Report, Run
 from .shapes import shape_config
@@ -74,17 +76,20 @@ def sweep(
     model runs in `engine`; beside each point, in the same rounds, run the dense `baseline` models in ONNX
     Runtime, or in llama.cpp where it is named (llamacpp-int8). With `blocks`, that many decoder blocks and
     half as many are measured and the whole model is extrapolated; without, so are only the models that
-    memory does not hold. `block_size` weights share a scale in ONNX Runtime's int8 and int4; more are faster.
-    Every graph is held against torch in fp32 before it is timed: at the beginning of the text and, in the
-    process that is timed, at the timed depth. An engine that gives no answer for `time_limit` seconds has
-    failed, and its point is measured again by the next sweep. Graphs are written beside the output and
-    deleted.
+    memory does not hold. `context` is the depth at which decoding is timed: 512 unless told, or as many
+    positions as the shape has. `block_size` weights share a scale in ONNX Runtime's int8 and int4; more are
+    faster. Every graph is held against torch in fp32 before it is timed, at the beginning of the text and at
+    the timed depth. An engine that gives no answer for `time_limit` seconds has failed, and its point is
+    measured again by the next sweep. Graphs are written beside the output and deleted.
 
     Each finished point is appended to `output` (sweep-<shape>.jsonl unless told), and points that are
     there already are not measured again, unless `force` starts anew; .md, .csv, .png and .svg are written
     beside it. Raises UserError for what cannot be measured as asked, before anything is.
     """
-    path = points_path(output or f"sweep-{Path(shape).name}.jsonl")
+    path = Path(output) if output else Path(f"sweep-{Path(shape).name}.jsonl")
+    # By another name, one of the reports might take the place of the points.
+    require_suffix(path, ".jsonl")
+    require_writable(path.parent)
     plan = SweepPlan(
         shape=shape,
         sparsities=parse_sparsities(sparsity),
@@ -106,6 +111,7 @@ def sweep(
 def _run(plan: SweepPlan, path: Path) -> list[Point]:
     done = read_points(path)
     _require_same_machine(path, done)
+    _name_others(path, done, plan.settings)
     finished = {(p.quant, p.sparsity) for p in latest(done, plan.settings) if p.is_whole}
     todo = [
         (quant, sparsity)
@@ -142,6 +148,22 @@ def _require_same_machine(path: Path, points: Sequence[Point]) -> None:
         if point.report.environment.cpu != cpu:
             measured = point.report.environment.cpu
             raise UserError(f"{path} was measured on {measured}, and this is {cpu}; give another --output")
+
+
+def _name_others(path: Path, points: Sequence[Point], settings: Mapping[str, Any]) -> None:
+    """Say which points of the file are not of this sweep."""
+    others = [point for point in points if point.settings != settings]
+    differing = dict.fromkeys(
+        f"{name} {point.settings.get(name)}"
+        for point in others
+        for name, value in settings.items()
+        if point.settings.get(name) != value
+    )
+    if others:
+        say(
+            f"{len(others)} points of {path} were measured with other settings ({', '.join(differing)}): "
+            "they are kept, and are not part of this sweep"
+        )
 
 
 class _Graphs:
@@ -266,6 +288,7 @@ def _measure_point(plan: SweepPlan, graphs: _Graphs, quant: Precision, sparsity:
     ]
     graphs.drop(own)
     runs = tuple(_whole_run(plan, model, measured, environment) for model in (*dense, sparse))
+    limited = tuple(run for run in measured if run.blocks is not None)
     noise = total_noise(outcomes).record()
     report = Report(
         schema=SCHEMA,
@@ -280,9 +303,8 @@ def _measure_point(plan: SweepPlan, graphs: _Graphs, quant: Precision, sparsity:
         runs=runs,
         comparisons=compare_runs(runs),
         noise=noise,
-        warnings=warnings(runs, noise, environment),
+        warnings=warnings(runs, noise, environment, limited, together),
     )
-    limited = tuple(run for run in measured if run.blocks is not None)
     return Point(
         schema=POINT_SCHEMA,
         shape=plan.shape,

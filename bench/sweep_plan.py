@@ -20,6 +20,8 @@ from .random_model import RandomModel, graph_bytes
 from .shapes import shape_config
 from .worker import TIME_LIMIT_S
 
+# Of sweeps: decoding into an emptier cache flatters sparse weights.
+CONTEXT = 512
 # A model that memory does not hold is measured with as many of these as it does, and half as many: the more
 # blocks, the less is noise multiplied.
 LIMITED_BLOCKS = (16, 8, 4, 2)
@@ -174,9 +176,11 @@ def random_workload(
     seed: int,
     time_limit: float = TIME_LIMIT_S,
 ) -> Workload:
-    """The tokens to time on, of a text drawn at random. Raises UserError for what cannot be timed."""
+    """The tokens to time on, of a text drawn at random; `context` None is CONTEXT, or as many positions as
+    the shape has, or as prompt and new tokens take. Raises UserError for what cannot be timed."""
     decoder = decoder_of(shape_config(shape))
-    positions = context or prompt_tokens + new_tokens
+    usual = max(prompt_tokens + new_tokens, min(CONTEXT, decoder.max_positions))
+    positions = usual if context is None else context
     check_lengths(prompt_tokens, new_tokens, repeats, positions, decoder.max_positions)
     check_time_limit(time_limit)
     length, after = text_lengths(prompt_tokens, new_tokens, positions)

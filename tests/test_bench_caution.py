@@ -5,8 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,9 @@ import pytest
 from dlp_deploy.bench.caution import warnings
 from dlp_deploy.bench.machine import choose_cores
 from dlp_deploy.bench.noise import Noise, Watch
-from dlp_deploy.bench.report import NoiseRecord, Report
+from dlp_deploy.bench.random_model import RandomModel
+from dlp_deploy.bench.report import NoiseRecord, Report, Run
+from dlp_deploy.bench.shapes import shape_config
 
 from .bench_reports import DENSE, SPARSE, environment, report
 
@@ -28,14 +31,20 @@ def whole() -> Report:
     return report(ALL_DENSE | {SPARSE: STEADY})
 
 
-def warned(stored: Report, noise: dict[str, float] | None = None, **facts: Any) -> tuple[str, ...]:
+def warned(
+    stored: Report, noise: dict[str, float] | None = None, measured: Sequence[Run] = (), **facts: Any
+) -> tuple[str, ...]:
     record = NoiseRecord(**QUIET | (noise or {}))
-    return warnings(stored.runs, record, environment(**facts))
+    return warnings(stored.runs, record, environment(**facts), measured, stored.all_loaded)
 
 
 def changed(stored: Report, name: str = SPARSE, **changes: Any) -> Report:
     runs = [run.model_copy(update=changes) if run.name == name else run for run in stored.runs]
     return stored.model_copy(update={"runs": tuple(runs)})
+
+
+def of_all(stored: Report, **changes: Any) -> Report:
+    return stored.model_copy(update={"runs": tuple(run.model_copy(update=changes) for run in stored.runs)})
 
 
 def test_a_quiet_whole_bench_is_warned_of_nothing() -> None:
@@ -106,11 +115,69 @@ def test_few_rounds_are_named(rounds: int, message: str) -> None:
             "dense int4 in ONNX Runtime was not timed",
         ),
         ([], "no dense baseline was timed"),
+        (["onnxruntime-int8-dense", "onnxruntime-int4-dense"], "dense fp32 was not timed"),
     ],
 )
 def test_the_best_dense_run_is_only_the_best_of_those_there_are(dense: list[str], message: str) -> None:
     (warning,) = warned(report(dict.fromkeys((*dense, SPARSE), STEADY)))
     assert message in warning
+
+
+def test_models_that_took_turns_in_memory_are_named() -> None:
+    (warning,) = warned(whole().model_copy(update={"all_loaded": False}))
+    assert "memory did not hold all models at once" in warning
+
+
+def test_a_cache_that_is_nearly_empty_is_named() -> None:
+    for deep in ({"prompt_tokens": 256}, {"prompt_tokens": 128, "filled_tokens": 128}):
+        assert warned(of_all(whole(), **deep)) == ()
+    (warning,) = warned(of_all(whole(), prompt_tokens=64, filled_tokens=16))
+    assert "behind 80 to 87 cached tokens" in warning
+
+
+def test_what_slows_dense_baselines_down_is_named(tmp_path: Path) -> None:
+    """The size of the blocks is read from the notes of real graphs."""
+    config = shape_config("smollm2-135m", blocks=1)
+
+    def notes(size: int) -> tuple[str, ...]:
+        return RandomModel(config, 0.0, 0, size).write(tmp_path, "onnxruntime", "int4").notes
+
+    dense = "onnxruntime-int4-dense"
+    assert warned(changed(whole(), dense, notes=notes(128))) == ()
+    (warning,) = warned(changed(whole(), dense, notes=notes(32)))
+    assert f"({dense} 32)" in warning
+    assert "--target none --baseline int4 --force" in warning
+    # A fine grid is what a sparse model is exported with.
+    assert warned(changed(whole(), SPARSE, notes=notes(32))) == ()
+
+
+def test_what_extrapolated_runs_come_from_is_warned_of_too() -> None:
+    small, large = (
+        whole().run(SPARSE).model_copy(update={"name": f"{SPARSE}-{count}-blocks"}) for count in (4, 8)
+    )
+    carried_on = {"extrapolated_from": (small.name, large.name), "settled": False, "reason": "died"}
+    stored = changed(whole(), **carried_on)
+    assert warned(stored, measured=[small, large]) == ()
+    hot = NoiseRecord(**QUIET | {"others_share": 0.5})
+    found = warned(stored, measured=[small.model_copy(update={"settled": False, "noise": hot}), large])
+    assert [line for line in found if small.name in line] == list(found)
+    assert len(found) == 2
+    dead = small.model_copy(update={"status": "failed", "tpot_ms": None, "reason": "died"})
+    (warning,) = warned(changed(stored, status="failed", tpot_ms=None), measured=[dead, large])
+    assert warning.startswith(f"{SPARSE} is not timed")
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"governor": "powersave"}, "governor is powersave"),
+        ({"memory_bandwidth_spread": 0.3}, "at rates 30% apart"),
+    ],
+)
+def test_an_unsteady_machine_is_named(facts: dict[str, Any], message: str) -> None:
+    (warning,) = warned(whole(), **facts)
+    assert message in warning
+    assert warned(whole(), governor="performance", memory_bandwidth_spread=0.02) == ()
 
 
 def test_cores_on_more_than_one_node_are_named() -> None:

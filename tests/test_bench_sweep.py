@@ -21,13 +21,10 @@ from transformers import AutoModelForCausalLM
 
 from dlp_deploy.bench import pool
 from dlp_deploy.bench import sweep as sweeps
-from dlp_deploy.bench.caution import warnings
 from dlp_deploy.bench.engines import engine_named
 from dlp_deploy.bench.environments import install
-from dlp_deploy.bench.extrapolate import extrapolate
 from dlp_deploy.bench.points import Point, read_points
 from dlp_deploy.bench.random_model import RandomModel, graph_bytes, parameter_shapes
-from dlp_deploy.bench.report import NoiseRecord
 from dlp_deploy.bench.shapes import SHAPES, shape_config
 from dlp_deploy.bench.sweep import sweep
 from dlp_deploy.bench.sweep_plan import SweepPlan, block_counts, random_workload
@@ -37,9 +34,9 @@ from dlp_deploy.export.verify import compare_logits, graph_logits
 from dlp_deploy.families import decoder_of
 from dlp_deploy.models import resolve_model
 
-from .bench_reports import DENSE, environment, report
+from .limits import short_limit
 
-QUICK: dict[str, Any] = {"cores": 1, "prompt_tokens": 20, "new_tokens": 6, "repeats": 2}
+QUICK: dict[str, Any] = {"cores": 1, "prompt_tokens": 20, "new_tokens": 6, "context": 26, "repeats": 2}
 FAULTY = """
 import os, time
 import numpy as np
@@ -113,7 +110,8 @@ def test_a_point_is_carried_on_to_the_whole_model(
             assert check is not None
             # Of 66 positions before the prompt, a multiple of 16 is filled.
             assert (check.reference, check.depth, check.positions) == ("torch", 84, 9)
-        assert run.depth_check == large.depth_check
+        # No engine has run the whole model.
+        assert (run.output_check, run.depth_check, run.tokens_sha256) == (None, None, None)
         assert run.roofline is not None
     # Bytes are not noisy: those of the whole graph are found exactly.
     whole = RandomModel(shape_config(shape), 0.8, 0).write(tmp_path, "deepsparse", "int8")
@@ -198,15 +196,18 @@ def test_wrong_output_at_the_timed_depth_of_a_sweep_is_not_timed(
 
 
 def test_a_run_that_hangs_in_a_sweep_is_ended_and_measured_again(
-    shape: str, tmp_path: Path, faulty: Callable[[str], None]
+    shape: str, tmp_path: Path, faulty: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "s.jsonl"
     options = QUICK | {"engine": "onnxruntime", "quant": "fp32", "baseline": "fp32", "output": output}
     options |= {"sparsity": "0.5,0.75"}
     faulty("hangs")
-    whole, ended = sweep(shape, time_limit=15, **options)
+    with monkeypatch.context() as patched:
+        # Behind two warm-ups and the first round.
+        short_limit(patched, "s75", text=4, seconds=3)
+        whole, ended = sweep(shape, time_limit=1800, **options)
     assert (whole.is_whole, ended.is_whole) == (True, False)
-    said = "gave no answer for 15 s and was ended; its last words: error: waits for a lock"
+    said = "gave no answer for 3 s and was ended; its last words: error: waits for a lock"
     assert said in ended.sparse.reason
     assert [len(run.samples) for run in ended.report.runs] == [2, 1]
     # Another limit is the same sweep: only the point that is not whole is measured again.
@@ -304,42 +305,6 @@ def test_every_shape_is_one_that_graphs_are_written_for(tmp_path: Path) -> None:
             assert graph_bytes(config, engine, precision) == pytest.approx(written.weight_bytes, rel=0.05)
 
 
-def test_times_are_carried_on_along_a_line() -> None:
-    fixed, per_block = 5.0, np.array([[1.0, 1.1, 0.9], [1.2, 1.2, 1.5]])
-    facts = environment()
-    times = {count: fixed + count * per_block for count in (2, 4, 32)}
-    runs = {
-        count: report({"onnxruntime-fp32-dense": found}, count * 0.01)
-        .runs[0]
-        .model_copy(update={"blocks": count})
-        for count, found in times.items()
-    }
-    whole = extrapolate(runs[2], runs[4], "whole", 32, facts)
-    np.testing.assert_allclose(whole.samples_ms, np.median(times[32], axis=1))
-    assert whole.tokens_per_s == pytest.approx(1000 / times[32].mean())
-    assert whole.weight_bytes == runs[32].weight_bytes
-    assert whole.roofline is not None
-    assert whole.roofline.weight_bytes == runs[32].weight_bytes
-    assert whole.tpot_ms is not None
-    assert whole.ttft_ms is not None
-    assert whole.ttft_ms.p50 == pytest.approx(np.median(runs[32].ttft_samples_ms))
-    assert (whole.peak_rss_bytes, whole.blocks, whole.extrapolated_from) == (None, None, (runs[2].name,) * 2)
-    # Noise beyond sense is no figure, and neither is half of a pair.
-    assert extrapolate(runs[32], runs[4].model_copy(update={"blocks": 64}), "x", 99, facts).status == "failed"
-    broken = runs[4].model_copy(update={"status": "failed", "reason": "it died"})
-    assert extrapolate(runs[2], broken, "whole", 32, facts).reason == "it died"
-
-
-def test_an_extrapolation_that_no_memory_could_feed_is_named() -> None:
-    (run,) = report({DENSE: np.full((3, 8), 5.0)}, gigabytes=0.1).runs
-    quiet = NoiseRecord(stolen_share=0, others_share=0)
-    # What was measured may have been in the caches.
-    telling = "200% of the measured bandwidth"
-    assert not any(telling in warning for warning in warnings([run], quiet))
-    carried_on = run.model_copy(update={"extrapolated_from": ("two", "four")})
-    assert sum(telling in warning for warning in warnings([carried_on], quiet)) == 1
-
-
 @given(st.integers(2, 100), st.integers(2, 100))
 @settings(max_examples=50, deadline=None)
 def test_a_limited_model_is_measured_at_two_sizes(limit: int, total: int) -> None:
@@ -347,6 +312,18 @@ def test_a_limited_model_is_measured_at_two_sizes(limit: int, total: int) -> Non
     assert counts == ((total,) if limit >= total else (limit // 2, limit))
     assert 0 < counts[0] <= counts[-1] <= total
     assert block_counts(None, total) == (total,)
+
+
+def test_decoding_is_timed_behind_512_tokens_or_as_many_as_there_are(shape: str) -> None:
+    def context(of: str, prompt: int = 64, given: int | None = None) -> int:
+        return random_workload(of, 1, prompt, 32, given, 5, 0).context
+
+    assert context("llama2-7b") == 512
+    assert context("llama2-7b", prompt=600) == 632
+    assert context("llama2-7b", given=96) == 96
+    assert context(shape) == decoder_of(shape_config(shape)).max_positions < 512
+    with pytest.raises(UserError, match="--context 0 is too short"):
+        context("llama2-7b", given=0)
 
 
 def test_what_memory_does_not_hold_is_planned_with_fewer_blocks() -> None:
