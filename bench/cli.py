@@ -61,7 +61,9 @@ def run(
     eval_windows: Annotated[int, typer.Option(help="Windows for the perplexity; 0 leaves it out.")] = 16,
     eval_tokens: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
     time_limit: TimeLimit = 3600,
-    output: Annotated[Path | None, typer.Option(help="report.json. Default: in <artifact>.bench/.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="A .json file. Default: <artifact>.bench/report.json.")
+    ] = None,
     force: Force = False,
 ) -> None:
     """Measure decode latency against dense baselines, on equal terms, and write a report.
@@ -145,7 +147,7 @@ def compare(
     Speed-ups, times and first tokens get a 95% interval over rounds and a verdict: within noise, higher or
     lower (of a time, lower is faster). Believe speed-ups first: both sides were measured within the same
     minutes, while times of two days also differ by heat and by other work. What differs between the machines
-    and the arguments comes last; runs that were given different work are named at the top.
+    and the arguments comes last; another model or artifact, and different work, are named at the top.
     """
     from .compare import compare, to_markdown
 

@@ -24,7 +24,8 @@ MEASURED = (
 )
 
 
-# What the times of a run depend on besides the machine and the software.
+# What times depend on besides the machine and the software: of all runs, and of each of them.
+MODEL = ("model", "artifact")
 WORK = ("cores", "prompt_tokens", "new_tokens", "context", "filled_tokens")
 
 
@@ -102,7 +103,10 @@ def compare_reports(before: Report, after: Report) -> ReportChanges:
     timed = [{run.name: run for run in report.runs if run.tpot_ms} for report in (before, after)]
     pairs = [(run, timed[1][name]) for name, run in timed[0].items() if name in timed[1]]
     return ReportChanges(
-        work=tuple(difference for pair in pairs for difference in _unlike_work(*pair)),
+        work=(
+            *_unlike_models(before, after),
+            *(difference for pair in pairs for difference in _unlike_work(*pair)),
+        ),
         facts=tuple(_differences(_facts(before), _facts(after))),
         runs=tuple(_differences(_states(before), _states(after))),
         latencies=tuple(_latency(*pair) for pair in pairs),
@@ -124,9 +128,17 @@ def to_markdown(changes: ReportChanges) -> str:
     ]
     blocks = [f"## {title}\n\n{table or 'no difference'}" for title, table in sections]
     if changes.work:
-        told = "The same runs were not given the same work, so that their times say nothing of a change:"
+        told = "Runs of the same name were not given the same work, so that times say nothing of a change:"
         blocks.insert(0, f"{told}\n\n{_difference_table(changes.work)}")
     return "\n\n".join(blocks) + "\n"
+
+
+def _unlike_models(before: Report, after: Report) -> Iterator[Difference]:
+    """Runs are named after engine, precision and sparsity, so that those of two models may be namesakes."""
+    for name in MODEL:
+        was, now = getattr(before, name), getattr(after, name)
+        if was != now:
+            yield Difference(name, was, now)
 
 
 def _unlike_work(before: Run, after: Run) -> Iterator[Difference]:

@@ -14,7 +14,7 @@ from .agreement import Agreement, compare, compare_at_depth, disagreement, first
 from .noise import Noise, Watch
 from .outcome import Outcome, Workload, live
 from .plan import Candidate
-from .pool import Pool, load
+from .pool import Pool
 from .worker import EngineWorker, WorkerError
 
 
@@ -100,7 +100,7 @@ def _agreement(pool: Pool, outcome: Outcome) -> Agreement:
         return compare(outcome.candidate, logits, reference)
     # The context to be measured is shorter than the reference's prompt: a larger cache, once, and what is
     # timed is checked at its depth only.
-    with load(outcome, pool.workload, len(whole.ids)) as worker:
+    with pool.passing(outcome, len(whole.ids)) as worker:
         logits = worker.logits(whole.ids, whole.prompt)
     return compare(outcome.candidate, logits, whole)
 

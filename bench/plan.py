@@ -64,7 +64,7 @@ def _engines(manifest: Manifest, names: str) -> list[Engine]:
             and status.python
             and (status.engine.reads == CHECKPOINT or status.engine.name in exported)
         ]
-    chosen = [engine_named(name.strip()) for name in names.split(",") if name.strip()]
+    chosen = [engine_named(name) for name in _split(names)]
     for engine in chosen:
         if not is_decoder(engine):
             able = ", ".join(name for name, engine in engines().items() if is_decoder(engine))
@@ -74,6 +74,11 @@ def _engines(manifest: Manifest, names: str) -> list[Engine]:
     if not chosen:
         raise UserError(f"--engine is empty; engines are: {', '.join(engines())}")
     return chosen
+
+
+def _split(names: str) -> list[str]:
+    """The names in a comma-separated list, each once: a run beside its twin would only cost time."""
+    return list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
 
 
 def _sparse_runs(artifact: Path, manifest: Manifest, engine: Engine) -> list[Candidate]:
@@ -101,7 +106,7 @@ def _baselines(artifact: Path, manifest: Manifest, precisions: str | None) -> li
     elif precisions == "none":
         wanted = ()
     else:
-        wanted = [name.strip() for name in precisions.split(",") if name.strip()]
+        wanted = _split(precisions)
     for precision in wanted:
         if precision not in found:
             raise UserError(

@@ -48,6 +48,13 @@ class Pool:
             self.drop(name)
             raise
 
+    @contextmanager
+    def passing(self, outcome: Outcome, context: int) -> Iterator[EngineWorker]:
+        """A worker of a run that has room for `context` tokens, and ends with this."""
+        self._make_room(outcome)
+        with load(outcome, self.workload, context) as worker:
+            yield worker
+
     def _make_room(self, outcome: Outcome) -> None:
         candidate = outcome.candidate
         # Judged by what loaded engines really take, which is far less than they took while loading.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..errors import UserError
 
@@ -154,6 +154,16 @@ class Run(_Stored):
     noise: NoiseRecord | None = None
     notes: tuple[str, ...] = ()
 
+    @model_validator(mode="after")
+    def _timed_by_samples(self) -> Run:
+        if self.tpot_ms is None:
+            return self
+        if not self.ttft_samples_ms or not self.samples_ms:
+            raise ValueError("a timed run needs samples_ms and ttft_samples_ms")
+        if self.samples_per_round < 1 or len(self.samples_ms) % self.samples_per_round:
+            raise ValueError("samples_ms of a timed run must be whole rounds of samples_per_round")
+        return self
+
     @property
     def samples(self) -> np.ndarray:
         """`samples_ms` as float64 [rounds, samples_per_round]."""
@@ -276,6 +286,8 @@ def read_report(path: Path) -> Report:
         raise UserError(
             f"{path} cannot be read ({error.strerror}); give the report.json of a bench"
         ) from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is no bench report, but no text; give a report.json") from None
     _require_known_schema(path, text)
     try:
         return Report.model_validate_json(text)

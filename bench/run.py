@@ -29,6 +29,7 @@ from .machine import busy_share, choose_cores, require_avx2
 from .markdown import to_markdown
 from .measure import measure, measure_perplexity, total_noise
 from .outcome import Outcome, Workload, check_lengths, check_time_limit, holds_logits, text_lengths
+from .outputs import require_suffix, require_writable
 from .plan import Candidate, plan_runs
 from .plot import overview, roofline_figure, save
 from .report import SCHEMA, Evaluated, Report, to_json
@@ -37,6 +38,8 @@ from .table_csv import to_csv
 # Other work on the cores beyond this is worth a word before minutes are spent.
 BUSY = 0.1
 _PATHS = ("artifact", "output", "force")
+# What is written beside each other, by what takes the place of .json.
+FORMS = (".json", ".md", ".csv", ".png", ".svg", ".roofline.png", ".roofline.svg")
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ def run_bench(request: Request) -> Report:
     artifact = request.artifact or newest_artifact()
     manifest = read_manifest(artifact)
     output = request.output or artifact.parent / f"{artifact.name}.bench" / REPORT
-    refuse_existing(output, request.force)
+    _check_output(output, request.force)
     require_avx2()
     cores = choose_cores(request.cores)
     candidates = plan_runs(artifact, manifest, request.engine, request.baseline)
@@ -75,6 +78,7 @@ def run_bench(request: Request) -> Report:
     files = ModelFiles(manifest.source.name, str(artifact), artifact / CHECKPOINT)
     decoder = outline_of(load_config(files))
     workload, windows = _workload(request, files, decoder, cores)
+    require_writable(output.parent)
     say(f"Measuring {', '.join(candidate.name for candidate in candidates)}")
     if (busy := busy_share(cores)) > BUSY:
         say(f"The cores to be measured on are already {busy:.0%} busy: figures will be less certain")
@@ -99,7 +103,9 @@ def _keep_finished(
     """Write the report of the rounds that were finished, if there are any."""
     if not any(outcome.generations for outcome in outcomes):
         return
-    why = "Ctrl-C" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
+    why = f"{type(error).__name__}: {error}"
+    if isinstance(error, KeyboardInterrupt):
+        why = str(error) or "Ctrl-C"
     for outcome in outcomes:
         if not outcome.ended and len(outcome.generations) < bench.workload.repeats:
             outcome.fail(f"stopped by {why}")
@@ -110,13 +116,19 @@ def _keep_finished(
 def write_report(report: Report, path: Path) -> None:
     """Write report.json at `path`, and .md, .csv and pictures (.png and .svg) beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    # First: all else can be made of it again.
+    write_text(path, to_json(report))
+    say(f"Report: {path}; .md, .csv, .png and .svg follow beside it")
     write_text(path.with_suffix(".md"), to_markdown(report))
     write_text(path.with_suffix(".csv"), to_csv(report))
     save(overview(report), path.with_suffix(".png"))
     save(roofline_figure(report), path.with_suffix(".roofline.png"))
-    # Last: where report.json is, the others are too.
-    write_text(path.with_suffix(".json"), to_json(report))
-    say(f"Report: {path.with_suffix('.json')}, and .md, .csv, .png and .svg beside it")
+
+
+def _check_output(output: Path, force: bool) -> None:
+    require_suffix(output, ".json")
+    for form in FORMS:
+        refuse_existing(output.with_suffix(form), force)
 
 
 def _check_candidates(artifact: Path, manifest: Manifest, candidates: Sequence[Candidate]) -> None:
@@ -189,10 +201,10 @@ class _Bench:
         runs = tuple(run_record(outcome, self.workload, self.decoder, environment) for outcome in outcomes)
         noise = total_noise(outcomes).record()
         early = (f"the bench was stopped by {stopped}: what it had not finished is missing",)
-        return Report(
-            schema=SCHEMA,
         # Of a bench that was stopped it is not known whether all were loaded.
         doubts = warnings(runs, noise, environment, all_loaded=self.all_loaded or bool(stopped))
+        return Report(
+            schema=SCHEMA,
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             dlp_deploy=version("dlp-deploy"),
             artifact=self.artifact,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 
 from dlp_deploy.bench.compare import compare, compare_reports, to_markdown
-from dlp_deploy.bench.report import OutputAgreement, Report, to_json
+from dlp_deploy.bench.report import OutputAgreement, Report, read_report, to_json
 from dlp_deploy.cli import main
+from dlp_deploy.errors import UserError
 
 from .bench_reports import DENSE, SPARSE, report
 
@@ -106,9 +108,20 @@ def test_times_of_unlike_work_are_named_before_any_verdict() -> None:
         (f"{SPARSE}: context", 64, 512)
     ]
     text = to_markdown(changes)
-    assert text.startswith("The same runs were not given the same work")
+    assert text.startswith("Runs of the same name were not given the same work")
     assert f"| {SPARSE}: context | 64 | 512 |" in text
     assert to_markdown(compare_reports(before, before)).startswith("## Speed-ups")
+
+
+@pytest.mark.parametrize("changed", [{"model": "other"}, {"artifact": "tiny-s70-again"}])
+def test_another_model_under_the_same_names_is_named_before_any_verdict(changed: dict[str, str]) -> None:
+    before = report({SPARSE: noisy(10, 1)})
+    changes = compare_reports(before, before.model_copy(update=changed))
+    ((name, value),) = changed.items()
+    assert [(found.name, found.after) for found in changes.work] == [(name, value)]
+    text = to_markdown(changes)
+    assert text.startswith("Runs of the same name were not given the same work")
+    assert text.index(f"| {value} |") < text.index("## Speed-ups")
 
 
 def test_runs_of_only_one_report_are_named() -> None:
@@ -136,8 +149,30 @@ def test_the_command_line(
     (tmp_path / "b.json").write_text("{")
     assert run("compare", str(path), str(tmp_path / "b.json")) == 2
     assert "b.json is no bench report" in capsys.readouterr().err
+    (tmp_path / "report.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    assert run("compare", str(tmp_path / "report.png"), str(path)) == 2
+    assert "report.png is no bench report, but no text; give a report.json" in capsys.readouterr().err
     # Other words are arguments of the measurement itself.
     assert run(str(tmp_path / "compared")) == 2
     assert "compared is no artifact" in capsys.readouterr().err
     assert run("--no-such-option") == 2
     assert "--no-such-option" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"samples_ms": []}, "needs samples_ms"),
+        ({"ttft_samples_ms": []}, "needs samples_ms and ttft_samples_ms"),
+        ({"samples_per_round": 0}, "whole rounds of samples_per_round"),
+        ({"samples_per_round": 7}, "whole rounds of samples_per_round"),
+    ],
+)
+def test_a_timed_run_without_its_samples_is_no_report(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    stored = json.loads(to_json(report({SPARSE: noisy(10, 1)})))
+    stored["runs"][0] |= changes
+    (tmp_path / "r.json").write_text(json.dumps(stored))
+    with pytest.raises(UserError, match=rf"r\.json is no bench report: runs\.0: .*{message}"):
+        read_report(tmp_path / "r.json")
