@@ -78,6 +78,11 @@ def _circumstances(small: Run, large: Run, blocks: int) -> dict[str, object]:
     }
 
 
+def origin(run: Run) -> str:
+    """What a run was extrapolated from, as its notes say; "" for one that was made."""
+    return next((note for note in run.notes if note.startswith(EXTRAPOLATED)), "")
+
+
 def _described(small: Run, large: Run, name: str, factor: float) -> Run:
     """The run before any figure of it."""
     about = ("engine", "precision", "sparsity", "dense", "status")

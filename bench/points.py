@@ -37,6 +37,9 @@ class Point(BaseModel):
     def sparse(self) -> Run:
         return next(run for run in self.report.runs if not run.dense)
 
+    def run(self, name: str) -> Run | None:
+        return next((run for run in self.report.runs if run.name == name), None)
+
     @property
     def is_whole(self) -> bool:
         """Whether every run of it was timed to the end."""
@@ -77,6 +80,11 @@ def latest(points: Iterable[Point], settings: dict[str, Any]) -> list[Point]:
     """The last point of each precision and sparsity that was measured with `settings`, in their order."""
     found = {(point.quant, point.sparsity): point for point in points if point.settings == settings}
     return [found[key] for key in sorted(found)]
+
+
+def baselines(points: Iterable[Point]) -> list[str]:
+    """The names of all dense models beside these points."""
+    return list(dict.fromkeys(run.name for point in points for run in point.report.runs if run.dense))
 
 
 def as_report(points: Sequence[Point]) -> Report:

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from ..progress import say
 from ..storage import write_text
+from .extrapolate import EXTRAPOLATED, origin
 from .markdown import environment_lines, markdown_table
-from .plot import INK, new_figure, save
-from .points import Point
-from .report import Comparison, Report, Run
+from .plot import save
+from .points import Point, baselines
+from .report import Report, Run
 from .summary import interval
-
-COLORS = {"fp32": "#1d6fa5", "int8": "#2a8c82", "int4": "#e08e45"}
+from .sweep_figure import speedup_figure, title
 
 
 def write_sweep_report(points: Sequence[Point], path: Path) -> None:
@@ -33,22 +31,25 @@ def write_sweep_report(points: Sequence[Point], path: Path) -> None:
 def to_markdown(points: Sequence[Point]) -> str:
     """All points in one table, with their speed-ups over each dense baseline of their own rounds."""
     first = points[0]
-    baselines = _baselines(points)
+    dense = baselines(points)
     headings = [
         "precision",
         "sparsity",
         "ms/token (p50)",
         "tokens/s",
-        *(f"over {name}" for name in baselines),
+        *(f"over {name}" for name in dense),
     ]
-    rows = [_row(point, baselines) for point in points]
+    rows = [_row(point, dense) for point in points]
     blocks = [
-        f"# Speed by sparsity: {_title(first)}",
+        f"# Speed by sparsity: {title(first)}",
         "Random weights of the real shape, magnitude-pruned to each sparsity; the operators of an exported "
-        "model. Speed-ups: medians of paired ratios from interleaved rounds, with 95% intervals over rounds.",
+        "model. The sparsity is uniform, the same in every layer: DLP gives each block one of its own, and "
+        "how fast that is was not measured here. Speed-ups: medians of paired ratios from interleaved "
+        "rounds, with 95% intervals over rounds.",
         markdown_table([*headings, "of the nearer roof"], rows),
         _extrapolation_note(points),
         "## Dense baselines\n\n" + _dense_table(points),
+        _graphs_section(points),
         "## Outputs\n\n" + _outputs_note(points),
         "## Warnings\n\n" + "\n".join([*_mixed_versions(points), *_warnings(points)] or ["none"]),
         "## Machine\n\n" + "\n".join(environment_lines(first.report.environment)),
@@ -66,114 +67,12 @@ def to_csv(points: Sequence[Point]) -> str:
     return stream.getvalue()
 
 
-def speedup_figure(points: Sequence[Point]) -> Figure:
-    """Time per token on the left and speed-up over dense fp32 on the right, by sparsity; dense models are
-    dashed, as they do not depend on it. Without dense fp32, over the best dense model."""
-    figure = new_figure(12.5, 5.2)
-    left, right = figure.subplots(1, 2)
-    _draw_latency(left, points)
-    _draw_speedup(right, points)
-    for axes in (left, right):
-        axes.set_xlabel("sparsity of the block weights (%)", fontsize=9, color=INK)
-        axes.grid(color="#d9dee3", linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.set_ylim(bottom=0)
-        axes.set_xlim(-3, 100)
-        axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(0, -0.12), ncols=2)
-    figure.suptitle(_title(points[0]), fontsize=11, color=INK, x=0.01, ha="left")
-    return figure
-
-
-def _draw_latency(axes: Axes, points: Sequence[Point]) -> None:
-    axes.set_title("Time per token (ms, median; bars: 10th to 90th percentile)", fontsize=10, loc="left")
-    for quant, series in _series(points):
-        timed = [point for point in series if point.sparse.tpot_ms]
-        samples = [np.percentile(point.sparse.samples_ms, (10, 50, 90)) for point in timed]
-        _error_bars(
-            axes, timed, np.array(samples).reshape(-1, 3), quant, f"{points[0].sparse.engine} {quant}"
-        )
-    for name in _baselines(points):
-        medians = [run.tpot_ms.p50 for point in points if (run := _run(point, name)) and run.tpot_ms]
-        if medians:
-            axes.axhline(
-                float(np.median(medians)), color=_color(name), linestyle="--", linewidth=1.1, label=name
-            )
-
-
-def _draw_speedup(axes: Axes, points: Sequence[Point]) -> None:
-    baseline = _reference(points)
-    axes.set_title(f"Speed-up over {baseline or 'dense'} (bars: 95% interval)", fontsize=10, loc="left")
-    axes.axhline(1, color=INK, linewidth=0.8)
-    for quant, series in _series(points):
-        compared = [
-            (point, found) for point in series if (found := _over(point, point.sparse.name, baseline))
-        ]
-        values = np.array([_with_interval(c) for _, c in compared]).reshape(-1, 3)
-        _error_bars(
-            axes, [point for point, _ in compared], values, quant, f"{points[0].sparse.engine} {quant}"
-        )
-    for name in _baselines(points):
-        ratios = [found.speedup for point in points if (found := _over(point, name, baseline))]
-        if ratios:
-            axes.axhline(
-                float(np.median(ratios)), color=_color(name), linestyle="--", linewidth=1.1, label=name
-            )
-
-
-def _with_interval(comparison: Comparison) -> tuple[float, float, float]:
-    """Low, middle and high; without an interval they are one."""
-    low, high = comparison.ci95 or (comparison.speedup, comparison.speedup)
-    return low, comparison.speedup, high
-
-
-def _error_bars(axes: Axes, points: Sequence[Point], values: np.ndarray, quant: str, label: str) -> None:
-    """`values` [points, 3]: low, middle and high."""
-    low, middle, high = values.T
-    places = [100 * point.sparsity for point in points]
-    errors = np.maximum(0, (middle - low, high - middle))
-    axes.errorbar(places, middle, yerr=errors, marker="o", capsize=3, color=COLORS.get(quant), label=label)
-
-
-def _series(points: Sequence[Point]) -> Iterator[tuple[str, list[Point]]]:
-    for quant in dict.fromkeys(point.quant for point in points):
-        yield quant, [point for point in points if point.quant == quant]
-
-
-def _baselines(points: Sequence[Point]) -> list[str]:
-    return list(dict.fromkeys(run.name for point in points for run in point.report.runs if run.dense))
-
-
-def _reference(points: Sequence[Point]) -> str | None:
-    """What the figure compares with: dense fp32 as in the paper, or else the best dense model."""
-    return next((p.report.dense_fp32 or p.report.best_dense for p in points if p.report.best_dense), None)
-
-
-def _run(point: Point, name: str) -> Run | None:
-    return next((run for run in point.report.runs if run.name == name), None)
-
-
-def _over(point: Point, name: str, baseline: str | None) -> Comparison | None:
-    return point.report.speedup_over(name, baseline)
-
-
-def _color(name: str) -> str:
-    return next((color for precision, color in COLORS.items() if precision in name), INK)
-
-
-def _title(point: Point) -> str:
-    run, cores = point.sparse, point.sparse.cores
-    return (
-        f"{point.report.model} on {cores} core{'s' if cores > 1 else ''} of {point.report.environment.cpu}: "
-        f"{run.engine}, prompt {run.prompt_tokens}, {run.new_tokens} new tokens, context {run.context}"
-    )
-
-
-def _row(point: Point, baselines: Sequence[str]) -> list[str]:
+def _row(point: Point, dense: Sequence[str]) -> list[str]:
     run = point.sparse
     cells = [f"{run.precision}{'*' if run.extrapolated_from else ''}", f"{100 * point.sparsity:g}%"]
     if run.tpot_ms is None or run.tokens_per_s is None:
-        return [*cells, run.status, "-", *("-" for _ in baselines), "-"]
-    compared = (_over(point, run.name, name) for name in baselines)
+        return [*cells, run.status, "-", *("-" for _ in dense), "-"]
+    compared = (point.report.speedup_over(run.name, name) for name in dense)
     ratios = [f"{c.speedup:.2f}x ({interval(c)})" if c else "-" for c in compared]
     return [*cells, f"{run.tpot_ms.p50:.2f}", f"{run.tokens_per_s:.1f}", *ratios, _share(run)]
 
@@ -186,8 +85,8 @@ def _share(run: Run) -> str:
 
 def _dense_table(points: Sequence[Point]) -> str:
     rows = []
-    for name in _baselines(points):
-        runs = [run for point in points if (run := _run(point, name)) and run.tpot_ms]
+    for name in baselines(points):
+        runs = [run for point in points if (run := point.run(name)) and run.tpot_ms]
         medians = [run.tpot_ms.p50 for run in runs if run.tpot_ms]
         if medians:
             star = "*" if runs[0].extrapolated_from else ""
@@ -198,15 +97,28 @@ def _dense_table(points: Sequence[Point]) -> str:
 
 def _extrapolation_note(points: Sequence[Point]) -> str:
     """Which blocks were measured, for the models that were not measured whole."""
-    counts = {run.blocks for point in points for run in point.measured}
-    if not counts:
+    found = [f"{kind} {text}" for kind, text in _said(points, lambda run: [origin(run)])]
+    if not found:
         return ""
-    listed = " and ".join(map(str, sorted(count for count in counts if count)))
     return (
-        f"\\* Extrapolated to the whole model from runs with {listed} decoder blocks of the same rounds: "
-        "time = fixed part + blocks x time per block. Where so few blocks fit into the caches and the whole "
+        f"\\* Extrapolated to the whole model: {'; '.join(found)}, of the same rounds. "
+        "Time = fixed part + blocks x time per block. Where so few blocks fit into the caches and the whole "
         "model does not, this is too fast."
     )
+
+
+def _graphs_section(points: Sequence[Point]) -> str:
+    """How each model was quantized: the same precision may be one of several grids."""
+    found = _said(points, lambda run: [note for note in run.notes if not note.startswith(EXTRAPOLATED)])
+    lines = [f"- {kind}: {note}" for kind, note in found]
+    return "## Graphs\n\n" + "\n".join(lines) if lines else ""
+
+
+def _said(points: Sequence[Point], of: Callable[[Run], Sequence[str]]) -> list[tuple[str, str]]:
+    """What the runs of each kind say, once: sparse ones of all sparsities are of a kind."""
+    runs = [run for point in points for run in point.report.runs]
+    kinds = [(run.name if run.dense else f"{run.engine}-{run.precision}, sparse", run) for run in runs]
+    return list(dict.fromkeys((kind, text) for kind, run in kinds for text in of(run) if text))
 
 
 def _outputs_note(points: Sequence[Point]) -> str:
@@ -215,9 +127,12 @@ def _outputs_note(points: Sequence[Point]) -> str:
     references = [run.depth_check.reference for run in runs if run.depth_check]
     deep, others = references.count("torch"), sum(name != "torch" for name in references)
     held = sum(run.output_check is not None for run in runs)
+    # Models that take turns in memory are loaded once more before they are timed.
+    together = all(point.report.all_loaded for point in points)
+    process = "the process that was timed" if together else "a process like the one that was timed"
     lines = [
         f"{held} of {len(runs)} timed runs were held against torch in fp32 (the weights before quantization) "
-        f"at the beginning of the text, and {deep} at the timed depth too, in the process that was timed.",
+        f"at the beginning of the text, and {deep} at the timed depth too, in {process}.",
     ]
     if others:
         lines.append(f"{others} were held at that depth against a dense fp32 run of the same rounds.")
@@ -260,8 +175,8 @@ def _warnings(points: Sequence[Point]) -> list[str]:
 def _csv_rows(points: Sequence[Point]) -> Iterator[dict[str, object]]:
     for point in points:
         run = point.sparse
-        for name in _baselines(points) or [""]:
-            compared, dense = _over(point, run.name, name), _run(point, name)
+        for name in baselines(points) or [""]:
+            compared, dense = point.report.speedup_over(run.name, name), point.run(name)
             yield {
                 "shape": point.shape,
                 "engine": run.engine,

@@ -9,7 +9,6 @@ import pytest
 
 from dlp_deploy.bench.markdown import to_markdown
 from dlp_deploy.bench.plot import overview, save
-from dlp_deploy.bench.report import EngineRecord
 from dlp_deploy.bench.sweep_report import to_csv as sweep_csv
 from dlp_deploy.bench.sweep_report import to_markdown as sweep_markdown
 from dlp_deploy.bench.sweep_report import write_sweep_report
@@ -73,18 +72,3 @@ def test_the_papers_baseline_is_onnx_runtimes_where_there_are_two() -> None:
     assert report(both).dense_fp32 == DENSE
     assert report({"llamacpp-fp32-dense": ROUNDS}).dense_fp32 == "llamacpp-fp32-dense"
     assert report({SPARSE: ROUNDS}).dense_fp32 is None
-
-
-def test_points_that_were_measured_by_other_versions_are_named() -> None:
-    samples = {DENSE: 4 * ROUNDS, SPARSE: ROUNDS}
-
-    def engine(version: str) -> dict[str, EngineRecord]:
-        record = EngineRecord(title="ORT", licence="MIT", versions={"onnxruntime": version}, notes=())
-        return {"onnxruntime": record}
-
-    first = point(report(samples, engines=engine("1.23"), git_revision="abc"))
-    second = point(report(samples, engines=engine("1.24"), git_revision="abd"), 0.8)
-    text = sweep_markdown([first, second])
-    assert "- points differ in onnxruntime of ORT: 1.23, 1.24" in text
-    assert "- points differ in git revision: abc, abd" in text
-    assert "differ in" not in sweep_markdown([first, first])

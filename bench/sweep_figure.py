@@ -1,0 +1,174 @@
+"""The figure of a sweep: time per token and speed-up by sparsity, and what of it was extrapolated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .extrapolate import origin
+from .plot import INK, new_figure
+from .points import Point, baselines
+from .report import Comparison, Run
+
+COLORS = {"fp32": "#1d6fa5", "int8": "#2a8c82", "int4": "#e08e45"}
+LEGEND_LINE = 0.19
+
+
+def speedup_figure(points: Sequence[Point]) -> Figure:
+    """Time per token on the left and speed-up over dense fp32 on the right, by sparsity; dense models are
+    dashed, as they do not depend on it. Without dense fp32, over the best dense model.
+
+    What is extrapolated has hollow markers or dotted lines, and is labelled with what it is extrapolated
+    from. Bars are over rounds on both sides: an extrapolated run has nothing else.
+    """
+    figure = new_figure(12.5, 4.6)
+    left, right = figure.subplots(1, 2)
+    _draw_latency(left, points)
+    _draw_speedup(right, points)
+    for axes in (left, right):
+        axes.set_xlabel("sparsity of the block weights (%)", fontsize=9, color=INK)
+        axes.grid(color="#d9dee3", linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_ylim(bottom=0)
+        axes.set_xlim(-3, 100)
+        axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(0, -0.14))
+    lines = max(len(axes.get_legend_handles_labels()[1]) for axes in (left, right))
+    figure.set_figheight(figure.get_figheight() + LEGEND_LINE * lines)
+    figure.suptitle(title(points[0]), fontsize=11, color=INK, x=0.01, ha="left")
+    figure.supxlabel(_caption(points), fontsize=8, color=INK, x=0.01, ha="left")
+    return figure
+
+
+def title(point: Point) -> str:
+    """What was measured where, and at which lengths."""
+    run, cores = point.sparse, point.sparse.cores
+    return (
+        f"{point.report.model} on {cores} core{'s' if cores > 1 else ''} of {point.report.environment.cpu}: "
+        f"{run.engine}, prompt {run.prompt_tokens}, {run.new_tokens} new tokens, context {run.context}"
+    )
+
+
+def _caption(points: Sequence[Point]) -> str:
+    text = (
+        "Random weights of the real shape, with the same sparsity in every layer. Markers: medians; bars: "
+        "from the fastest to the slowest round on the left, 95% interval over rounds on the right."
+    )
+    if any(run.extrapolated_from for point in points for run in point.report.runs):
+        text += "\nHollow markers and dotted lines: extrapolated to all blocks, not measured."
+    return text
+
+
+def _draw_latency(axes: Axes, points: Sequence[Point]) -> None:
+    axes.set_title("Time per token (ms)", fontsize=10, loc="left")
+    for quant, series in _series(points):
+        timed = [(point, point.sparse) for point in series if point.sparse.tpot_ms]
+        _draw_series(axes, quant, timed, [_of_rounds(run) for _, run in timed])
+    for name in baselines(points):
+        timed = [(point, run) for point in points if (run := point.run(name)) and run.tpot_ms]
+        _draw_dense(axes, name, timed, [run.tpot_ms.p50 for _, run in timed if run.tpot_ms])
+
+
+def _of_rounds(run: Run) -> tuple[float, float, float]:
+    """The fastest round, the median time per token, and the slowest round."""
+    assert run.tpot_ms is not None
+    rounds = np.median(run.samples, axis=1)
+    return rounds.min(), run.tpot_ms.p50, rounds.max()
+
+
+def _draw_speedup(axes: Axes, points: Sequence[Point]) -> None:
+    baseline = _reference(points)
+    references = [run for point in points if baseline and (run := point.run(baseline))]
+    axes.set_title(f"Speed-up over {baseline or 'dense'}{_origin(references)}", fontsize=10, loc="left")
+    axes.axhline(1, color=INK, linewidth=0.8)
+    for quant, series in _series(points):
+        found = [
+            (point, run, ratio)
+            for point in series
+            if (run := point.sparse) and (ratio := point.report.speedup_over(run.name, baseline))
+        ]
+        _draw_series(
+            axes, quant, [(p, run) for p, run, _ in found], [_with_interval(c) for *_, c in found], baseline
+        )
+    for name in baselines(points):
+        found = [
+            (point, run, ratio)
+            for point in points
+            if (run := point.run(name)) and (ratio := point.report.speedup_over(name, baseline))
+        ]
+        _draw_dense(axes, name, [(p, run) for p, run, _ in found], [c.speedup for *_, c in found], baseline)
+
+
+def _with_interval(comparison: Comparison) -> tuple[float, float, float]:
+    """Low, middle and high; without an interval they are one."""
+    low, high = comparison.ci95 or (comparison.speedup, comparison.speedup)
+    return low, comparison.speedup, high
+
+
+def _draw_series(
+    axes: Axes,
+    quant: str,
+    runs: Sequence[tuple[Point, Run]],
+    values: Sequence[tuple[float, float, float]],
+    baseline: str | None = None,
+) -> None:
+    """One precision. `values`: low, middle and high of each run, or of its ratio to `baseline`."""
+    low, middle, high = np.array(values).reshape(-1, 3).T
+    places = np.array([100 * point.sparsity for point, _ in runs])
+    color = COLORS.get(quant)
+    axes.errorbar(places, middle, yerr=np.maximum(0, (middle - low, high - middle)), capsize=3, color=color)
+    hollow = np.array([_is_extrapolated(point, run, baseline) for point, run in runs], dtype=bool)
+    for chosen in (np.flatnonzero(~hollow), np.flatnonzero(hollow)):
+        if len(chosen):
+            axes.plot(
+                places[chosen],
+                middle[chosen],
+                "o",
+                color=color,
+                markerfacecolor="white" if hollow[chosen[0]] else color,
+                label=f"{runs[0][1].engine} {quant}{_origin([runs[index][1] for index in chosen])}",
+            )
+
+
+def _draw_dense(
+    axes: Axes,
+    name: str,
+    runs: Sequence[tuple[Point, Run]],
+    values: Sequence[float],
+    baseline: str | None = None,
+) -> None:
+    """A dense model, at the median of `values` over all points."""
+    if not runs:
+        return
+    dotted = any(_is_extrapolated(point, run, baseline) for point, run in runs)
+    axes.axhline(
+        float(np.median(values)),
+        color=next((color for precision, color in COLORS.items() if precision in name), INK),
+        linestyle=":" if dotted else "--",
+        linewidth=1.4 if dotted else 1.1,
+        label=f"{name}{_origin([run for _, run in runs])}",
+    )
+
+
+def _is_extrapolated(point: Point, run: Run, baseline: str | None) -> bool:
+    """Whether the run is, or what it is compared with."""
+    other = point.run(baseline) if baseline else None
+    return bool(run.extrapolated_from or (other and other.extrapolated_from))
+
+
+def _origin(runs: Sequence[Run]) -> str:
+    """What any of them was extrapolated from, in brackets."""
+    found = dict.fromkeys(filter(None, map(origin, runs)))
+    return f" ({'; '.join(found)})" if found else ""
+
+
+def _series(points: Sequence[Point]) -> Iterator[tuple[str, list[Point]]]:
+    for quant in dict.fromkeys(point.quant for point in points):
+        yield quant, [point for point in points if point.quant == quant]
+
+
+def _reference(points: Sequence[Point]) -> str | None:
+    """What the figure compares with: dense fp32 as in the paper, or else the best dense model."""
+    return next((p.report.dense_fp32 or p.report.best_dense for p in points if p.report.best_dense), None)
