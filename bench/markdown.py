@@ -68,11 +68,6 @@ def _explanation(report: Report) -> str:
         "the logarithms of the ratios of single rounds.",
         "Peak memory is that of the engine's process, from loading to the last token.",
     ]
-    if not report.all_loaded:
-        lines.append(
-            "Memory did not hold all models at once: between the two sides of a ratio some were loaded and "
-            "warmed up."
-        )
     if filled := report.runs[0].filled_tokens:
         lines.append(f"Before the prompt, the cache was filled with {filled} tokens, untimed.")
     if text := report.evaluation:
@@ -225,10 +220,8 @@ def _depth_lines(report: Report) -> list[str]:
 def _processes(report: Report) -> str:
     if report.all_loaded:
         return "the processes that were timed"
-    return (
-        "processes that had loaded what was timed (some loaded it again before that, as memory did not hold "
-        "all models at once)"
-    )
+    # What takes turns in memory is loaded again, and of a bench that was stopped it is not known what did.
+    return "processes that had loaded what was timed, perhaps not the very ones"
 
 
 def _unchecked_lines(report: Report) -> list[str]:

@@ -9,6 +9,7 @@ import pytest
 
 from dlp_deploy.bench.markdown import to_markdown
 from dlp_deploy.bench.plot import overview, save
+from dlp_deploy.bench.report import DepthAgreement
 from dlp_deploy.bench.sweep_report import to_csv as sweep_csv
 from dlp_deploy.bench.sweep_report import to_markdown as sweep_markdown
 from dlp_deploy.bench.sweep_report import write_sweep_report
@@ -72,3 +73,21 @@ def test_the_papers_baseline_is_onnx_runtimes_where_there_are_two() -> None:
     assert report(both).dense_fp32 == DENSE
     assert report({"llamacpp-fp32-dense": ROUNDS}).dense_fp32 == "llamacpp-fp32-dense"
     assert report({SPARSE: ROUNDS}).dense_fp32 is None
+
+
+def test_only_where_all_models_stayed_loaded_was_the_timed_process_itself_checked() -> None:
+    check = DepthAgreement(
+        reference="torch",
+        depth=256,
+        positions=8,
+        max_rel_error=1e-5,
+        mean_rel_error=1e-6,
+        greedy_match=1.0,
+        limited="max_rel_error",
+        limit=1e-3,
+    )
+    stored = report({SPARSE: ROUNDS})
+    stored = stored.model_copy(update={"runs": (stored.runs[0].model_copy(update={"depth_check": check}),)})
+    assert "In the processes that were timed, at the depth" in to_markdown(stored)
+    apart = to_markdown(stored.model_copy(update={"all_loaded": False}))
+    assert "In processes that had loaded what was timed, perhaps not the very ones, at the depth" in apart
