@@ -14,7 +14,11 @@ from .points import Point, baselines
 from .report import Comparison, Run
 
 COLORS = {"fp32": "#1d6fa5", "int8": "#2a8c82", "int4": "#e08e45"}
+# Inches.
 LEGEND_LINE = 0.19
+
+# A run, and the point that it is of.
+Placed = tuple[Point, Run]
 
 
 def speedup_figure(points: Sequence[Point]) -> Figure:
@@ -64,11 +68,10 @@ def _caption(points: Sequence[Point]) -> str:
 def _draw_latency(axes: Axes, points: Sequence[Point]) -> None:
     axes.set_title("Time per token (ms)", fontsize=10, loc="left")
     for quant, series in _series(points):
-        timed = [(point, point.sparse) for point in series if point.sparse.tpot_ms]
-        _draw_series(axes, quant, timed, [_of_rounds(run) for _, run in timed])
+        _draw_series(axes, quant, series, [_of_rounds(run) for _, run in series])
     for name in baselines(points):
-        timed = [(point, run) for point in points if (run := point.run(name)) and run.tpot_ms]
-        _draw_dense(axes, name, timed, [run.tpot_ms.p50 for _, run in timed if run.tpot_ms])
+        dense = _timed(points, name)
+        _draw_dense(axes, name, dense, [run.tpot_ms.p50 for _, run in dense if run.tpot_ms])
 
 
 def _of_rounds(run: Run) -> tuple[float, float, float]:
@@ -80,25 +83,15 @@ def _of_rounds(run: Run) -> tuple[float, float, float]:
 
 def _draw_speedup(axes: Axes, points: Sequence[Point]) -> None:
     baseline = _reference(points)
-    references = [run for point in points if baseline and (run := point.run(baseline))]
-    axes.set_title(f"Speed-up over {baseline or 'dense'}{_origin(references)}", fontsize=10, loc="left")
+    origins = _origin([run for _, run in _timed(points, baseline)])
+    axes.set_title(f"Speed-up over {baseline or 'dense'}{origins}", fontsize=10, loc="left")
     axes.axhline(1, color=INK, linewidth=0.8)
     for quant, series in _series(points):
-        found = [
-            (point, run, ratio)
-            for point in series
-            if (run := point.sparse) and (ratio := point.report.speedup_over(run.name, baseline))
-        ]
-        _draw_series(
-            axes, quant, [(p, run) for p, run, _ in found], [_with_interval(c) for *_, c in found], baseline
-        )
+        runs, ratios = _compared(series, baseline)
+        _draw_series(axes, quant, runs, [_with_interval(ratio) for ratio in ratios], baseline)
     for name in baselines(points):
-        found = [
-            (point, run, ratio)
-            for point in points
-            if (run := point.run(name)) and (ratio := point.report.speedup_over(name, baseline))
-        ]
-        _draw_dense(axes, name, [(p, run) for p, run, _ in found], [c.speedup for *_, c in found], baseline)
+        runs, ratios = _compared(_timed(points, name), baseline)
+        _draw_dense(axes, name, runs, [ratio.speedup for ratio in ratios], baseline)
 
 
 def _with_interval(comparison: Comparison) -> tuple[float, float, float]:
@@ -110,7 +103,7 @@ def _with_interval(comparison: Comparison) -> tuple[float, float, float]:
 def _draw_series(
     axes: Axes,
     quant: str,
-    runs: Sequence[tuple[Point, Run]],
+    runs: Sequence[Placed],
     values: Sequence[tuple[float, float, float]],
     baseline: str | None = None,
 ) -> None:
@@ -135,7 +128,7 @@ def _draw_series(
 def _draw_dense(
     axes: Axes,
     name: str,
-    runs: Sequence[tuple[Point, Run]],
+    runs: Sequence[Placed],
     values: Sequence[float],
     baseline: str | None = None,
 ) -> None:
@@ -164,9 +157,24 @@ def _origin(runs: Sequence[Run]) -> str:
     return f" ({'; '.join(found)})" if found else ""
 
 
-def _series(points: Sequence[Point]) -> Iterator[tuple[str, list[Point]]]:
+def _series(points: Sequence[Point]) -> Iterator[tuple[str, list[Placed]]]:
+    """The timed sparse runs of each precision."""
     for quant in dict.fromkeys(point.quant for point in points):
-        yield quant, [point for point in points if point.quant == quant]
+        runs = [(point, point.sparse) for point in points if point.quant == quant]
+        yield quant, [(point, run) for point, run in runs if run.tpot_ms]
+
+
+def _timed(points: Sequence[Point], name: str | None) -> list[Placed]:
+    """The run called `name` of each point that timed it."""
+    runs = [(point, point.run(name)) for point in points if name]
+    return [(point, run) for point, run in runs if run and run.tpot_ms]
+
+
+def _compared(runs: Sequence[Placed], baseline: str | None) -> tuple[list[Placed], list[Comparison]]:
+    """Those of `runs` that were compared with `baseline`, and how."""
+    found = [(point, run, point.report.speedup_over(run.name, baseline)) for point, run in runs]
+    compared = [(point, run, ratio) for point, run, ratio in found if ratio]
+    return [(point, run) for point, run, _ in compared], [ratio for *_, ratio in compared]
 
 
 def _reference(points: Sequence[Point]) -> str | None:
