@@ -87,7 +87,7 @@ class EngineWorker:
         log = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the worker)
         # Its temporary files are ours to remove: an engine that aborts removes nothing.
         scratch = tempfile.TemporaryDirectory(prefix="dlp-deploy-")
-        command = [str(python), str(WORKERS), engine.worker, ",".join(map(str, cores))]
+        command = [str(python), str(WORKERS), engine.worker, ",".join(map(str, cores)), scratch.name]
         with theirs:
             # A session of its own: Ctrl-C reaches us alone, and we close the worker.
             process = subprocess.Popen(
@@ -107,6 +107,17 @@ class EngineWorker:
             raise
         return worker
 
+    @property
+    def time_limit_s(self) -> float:
+        """How long an answer may take; a worker that takes longer is ended."""
+        limit = self._connection.gettimeout()
+        assert limit is not None
+        return limit
+
+    @time_limit_s.setter
+    def time_limit_s(self, seconds: float) -> None:
+        self._connection.settimeout(seconds)
+
     def load(self, model: Path, context: int, prompt: int, fill: int = 0) -> float:
         """Load a graph (or a checkpoint folder) and return the seconds it took.
 
@@ -124,13 +135,20 @@ class EngineWorker:
         """Append ids int64 [n] to the KV cache; the logits of the last one, float32 [vocabulary]."""
         return self._ask("extend", {"ids": ids})[1]["logits"]
 
-    def logits(self, ids: np.ndarray, prompt: int) -> np.ndarray:
+    def logits(self, ids: np.ndarray, prompt: int, advance: Advance | None = None) -> np.ndarray:
         """Read ids[:prompt] at once and the rest token by token through the KV cache.
 
         ids int64 [n] -> float32 [n - prompt + 1, vocabulary], the logits after the prompt and after
-        each later token.
+        each later token. The time limit is for each of them, as a graph that memory does not hold is read
+        from disk for each; `advance` is called behind each.
         """
-        return self._ask("logits", {"ids": ids}, prompt=prompt)[1]["logits"]
+        self.restart()
+        rows: list[np.ndarray] = []
+        for start, end in zip([0, *range(prompt, len(ids))], range(prompt, len(ids) + 1), strict=True):
+            rows.append(self.extend(ids[start:end]))
+            if advance is not None:
+                advance()
+        return np.stack(rows)
 
     def window_nll(self, windows: np.ndarray) -> np.ndarray:
         """Negative log-likelihood in nats of each next token; int64 [n, L] -> float32 [n, L - 1]."""
@@ -195,7 +213,7 @@ class EngineWorker:
         return body, arrays
 
     def _hung(self, doing: str) -> WorkerError:
-        limit = self._connection.gettimeout()
+        limit = self.time_limit_s
         self._process.kill()
         return WorkerError(
             f"{self.engine.name} ({doing}) gave no answer for {limit:g} s and was ended{self._last_words()}",

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -203,7 +203,7 @@ def _write_and_verify(folder: Path, checkpoint: Path, source: Source, graph: Gra
         counted = count_zeros(written.model, weights, decoder)
     write_companions(folder, checkpoint, config, graph.engine)
     if graph.engine != "llamacpp":
-        check_structure(written.model)
+        check_structure(written.model, graph.engine)
     engines, notes = _checking_engines(graph, written.weight_bytes)
     checks = _check_outputs(folder, written.model, source.reference, graph, engines)
     rounding, block_size, activations = _quantization(graph)
@@ -265,11 +265,11 @@ def _check_outputs(
 ) -> tuple[OutputCheck, ...]:
     """Run the graph in `engines`, and hold it against torch, and against ONNX Runtime if that is one."""
     logits: dict[str, np.ndarray] = {}
-    with progress(f"Checking {graph.label}", len(engines)) as advance:
+    with progress(f"Checking {graph.label}", len(engines) * len(reference.logits)) as advance:
         for engine in engines:
-            advance(0, note=engine.title)
-            logits[engine.name] = engine_logits(engine, model, reference.ids, reference.prompt)
-            advance()
+            moved = partial(advance, note=engine.title)
+            moved(0)
+            logits[engine.name] = engine_logits(engine, model, reference.ids, reference.prompt, moved)
     write_reference(folder, replace(reference, graph_logits=logits.get("onnxruntime")))
     checks = [compare_logits(name, "torch", found, reference.logits) for name, found in logits.items()]
     if len(engines) > 1:

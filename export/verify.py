@@ -18,11 +18,14 @@ from onnx import numpy_helper
 from ..artifact import OutputCheck
 from ..bench.engines import Engine
 from ..bench.worker import EngineWorker, WorkerError
+from ..errors import UserError
 from ..families import Decoder, Outline
 from ..gguf_header import read_header
 from ..gguf_model import gguf_tensors
+from ..progress import Advance
 from .decoder import Weights, layers_of
 from .graph import DATA_FILE
+from .loadable import require_loadable
 
 # Float32 graphs differ from torch by the order of sums only. A max_rel_error above this is a wrong graph.
 FP32_MAX_ERROR = 1e-4
@@ -66,11 +69,13 @@ class ZeroCount:
         return (self.zeros - self.pruned) / self.weights
 
 
-def check_structure(model: Path) -> None:
-    """Run onnx.checker on the graph with its external data. Raises VerificationError."""
+def check_structure(model: Path, engine: str) -> None:
+    """Run onnx.checker on the graph with its external data, and ask whether `engine` reads its operator set
+    and format. Raises VerificationError."""
     try:
         onnx.checker.check_model(str(model))
-    except (onnx.checker.ValidationError, ValueError) as error:
+        require_loadable(model, engine)
+    except (onnx.checker.ValidationError, ValueError, UserError) as error:
         raise VerificationError(f"{model}: {error}") from None
 
 
@@ -192,14 +197,17 @@ def graph_logits(model: Path, ids: np.ndarray, prompt: int) -> np.ndarray:
     return engine_logits(PLAIN_ONNXRUNTIME, model, ids, prompt)
 
 
-def engine_logits(engine: Engine, model: Path, ids: np.ndarray, prompt: int) -> np.ndarray:
-    """The same in any engine, in a process of its own: memory and aborts are the worker's.
+def engine_logits(
+    engine: Engine, model: Path, ids: np.ndarray, prompt: int, advance: Advance | None = None
+) -> np.ndarray:
+    """The same in any engine, in a process of its own: memory and aborts are the worker's. `advance` is
+    called behind each row.
 
     Raises VerificationError when the engine cannot run the graph.
     """
     try:
         with EngineWorker.spawn(engine, sorted(os.sched_getaffinity(0))) as worker:
             worker.load(model, context=len(ids), prompt=prompt)
-            return worker.logits(ids, prompt)
+            return worker.logits(ids, prompt, advance)
     except WorkerError as error:
         raise VerificationError(f"{model}: {error}") from error

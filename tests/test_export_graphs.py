@@ -71,7 +71,7 @@ def test_fp32_logits_are_those_of_torch(
             exported(tmp_path, tiny_checkpoint(kind), engine, "fp32")
         return
     model = exported(tmp_path, tiny_checkpoint(kind), engine, "fp32")
-    check_structure(model)
+    check_structure(model, engine)
     expected = torch_logits(torch_model(tiny_checkpoint(kind)))
     assert relative_error(graph_logits(model, IDS, PROMPT), expected) < 1e-5
 
@@ -120,7 +120,7 @@ def test_quantized_logits_stay_near_torch(
     engine: str, precision: str, limit: float, tmp_path: Path, tiny_checkpoint: Callable[[str], Path]
 ) -> None:
     model = exported(tmp_path, tiny_checkpoint("llama"), engine, precision)
-    check_structure(model)
+    check_structure(model, engine)
     expected = torch_logits(AutoModelForCausalLM.from_pretrained(tiny_checkpoint("llama")))
     assert relative_error(graph_logits(model, IDS, PROMPT), expected) < limit
 

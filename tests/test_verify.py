@@ -85,3 +85,22 @@ def test_a_graph_that_computes_something_else_is_not_published(
         export(artifact, quant=precision, target="onnxruntime", baseline="none", block_size=16)
     assert read_manifest(artifact) == before
     assert not list(artifact.glob("onnxruntime*"))
+
+
+@pytest.mark.parametrize(("opset", "ir_version"), [(17, 7), (13, 9)])
+def test_a_graph_in_a_format_that_its_engine_does_not_read_is_not_published(
+    opset: int, ir_version: int, llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = pruned(llama_folder, tmp_path / "artifact")
+
+    def newer(*arguments: Any) -> Written:
+        written = write_graph(*arguments)
+        graph = onnx.load(str(written.model), load_external_data=False)
+        graph.opset_import[0].version, graph.ir_version = opset, ir_version
+        onnx.save(graph, str(written.model))
+        return written
+
+    monkeypatch.setattr(publish, "write_graph", newer)
+    with pytest.raises(VerificationError, match=f"IR version {ir_version}; DeepSparse reads up to 13"):
+        export(artifact, quant="fp32", target="deepsparse", baseline="none")
+    assert not list(artifact.glob("deepsparse*"))

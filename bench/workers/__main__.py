@@ -1,13 +1,17 @@
-"""Start a worker: `python <this folder> <module or path of a .py file> <cores, as 0,2,4>`.
+"""Start a worker: `python <this folder> <module or path of a .py file> <cores, as 0,2,4> <scratch folder>`.
 
-Standard input is one end of a socket pair; messages go both ways over it (frames.py).
+Standard input is one end of a socket pair; messages go both ways over it (frames.py). When the other side is
+gone, however it died, the worker removes its scratch folder and ends, whatever it is computing.
 """
 
 import importlib
 import importlib.util
 import os
+import select
+import shutil
 import socket
 import sys
+import threading
 from pathlib import Path
 
 
@@ -44,12 +48,22 @@ def _forbid_network():
     sys.addaudithook(refuse)
 
 
+def _end_with_client(connection, scratch):
+    """Wait, without using a processor, for the other end to be closed, which a killed client's is too."""
+    hang_up = select.poll()
+    hang_up.register(connection, 0)
+    hang_up.poll()
+    shutil.rmtree(scratch, ignore_errors=True)
+    os._exit(0)
+
+
 def main():
-    worker, cores = sys.argv[1], [int(core) for core in sys.argv[2].split(",")]
+    worker, cores, scratch = sys.argv[1], [int(core) for core in sys.argv[2].split(",")], sys.argv[3]
     # Before any import that starts threads: they inherit the affinity of the one that starts them.
     os.sched_setaffinity(0, cores)
     connection = socket.socket(fileno=os.dup(0))
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    threading.Thread(target=_end_with_client, args=(connection, scratch), daemon=True).start()
     _forbid_network()
     _load_package(Path(__file__).resolve().parent)
     serve = importlib.import_module("engine_workers.serve")

@@ -50,14 +50,6 @@ class Session(Protocol):
         """
 
 
-def logits(session: Session, ids: np.ndarray, prompt: int) -> np.ndarray:
-    """Read `prompt` tokens at once, then one by one; float32 [len(ids) - prompt + 1, vocabulary]."""
-    session.restart()
-    rows = [session.extend(ids[:prompt])]
-    rows.extend(session.extend(ids[i : i + 1]) for i in range(prompt, len(ids)))
-    return np.stack(rows)
-
-
 def generate(session: Session, ids: np.ndarray, prompt: int, new_tokens: int) -> dict[str, Any]:
     """Greedy decoding, timed around engine and arg max.
 
@@ -153,9 +145,6 @@ class _Worker:
 
     def extend(self, arrays: Arrays) -> Reply:
         return {}, {"logits": self.session.extend(arrays["ids"])}
-
-    def logits(self, arrays: Arrays, prompt: int) -> Reply:
-        return {}, {"logits": logits(self.session, arrays["ids"], prompt)}
 
     def generate(self, arrays: Arrays, new_tokens: int) -> Reply:
         return generate(self.session, arrays["ids"], self.prompt, new_tokens), {}
