@@ -19,6 +19,8 @@ from ..progress import say
 ROOT = Path("/")
 # What cpu.stat of a cgroup calls the time in which it was throttled, and its unit in seconds.
 _THROTTLED = {"throttled_usec": 1e-6, "throttled_time": 1e-9}
+# The files of a cgroup that say its limit and its usage of memory: v2, then v1.
+_MEMORY_LIMITS = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
 # A core below this share of the fastest one's speed is of another kind; favoured ones are just a bit faster.
 ANOTHER_KIND = 0.85
 # Instruction sets that decide how fast an engine is, as /proc/cpuinfo names them.
@@ -209,13 +211,22 @@ def available_memory(root: Path = ROOT) -> int:
     """Bytes that new processes can use without swapping, within the cgroup's limit."""
     free = [_meminfo(root)["MemAvailable"]]
     for folder in _cgroup_folders(root):
-        limit, used = _read(folder / "memory.max"), _read(folder / "memory.current")
-        if limit and used and limit != "max":
-            free.append(max(0, int(limit) - int(used)))
-        limit, used = _read(folder / "memory.limit_in_bytes"), _read(folder / "memory.usage_in_bytes")
-        if limit and used:
-            free.append(max(0, int(limit) - int(used)))
+        for limit_file, usage_file in _MEMORY_LIMITS:
+            limit, used = _read(folder / limit_file), _read(folder / usage_file)
+            if limit and used and limit != "max":
+                free.append(max(0, int(limit) - int(used) + _cached_files(folder)))
     return min(free)
+
+
+def _cached_files(folder: Path) -> int:
+    """Bytes of files that a cgroup's usage counts, and that go when memory is wanted: all that an export
+    has lately written, for one."""
+    lines = (_read(folder / "memory.stat") or "").splitlines()
+    counted = {name: int(value) for name, _, value in (line.partition(" ") for line in lines)}
+    # v1 counts the groups below apart, in those with "total_".
+    return sum(
+        counted.get(f"total_{name}", counted.get(name, 0)) for name in ("inactive_file", "active_file")
+    )
 
 
 def throttled_seconds(root: Path = ROOT) -> float:

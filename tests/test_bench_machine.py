@@ -208,6 +208,25 @@ def test_memory_is_what_the_cgroup_leaves(tmp_path: Path) -> None:
     assert available_memory(root) == 5_000_000_000
 
 
+@pytest.mark.parametrize(
+    ("limit", "usage", "total"),
+    [
+        ("jobs/mine/memory.max", "jobs/mine/memory.current", ""),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_"),
+    ],
+)
+def test_files_that_a_cgroup_caches_are_memory_to_be_had(
+    limit: str, usage: str, total: str, tmp_path: Path
+) -> None:
+    root = server(tmp_path)
+    folder = root / "sys/fs/cgroup"
+    write(folder / limit, "8000000000")
+    write(folder / usage, "7900000000")
+    stat = f"anon 400000000\n{total}inactive_file 6000000000\n{total}active_file 1000000000\nshmem 0\n"
+    write((folder / usage).with_name("memory.stat"), stat)
+    assert available_memory(root) == 100_000_000 + 7_000_000_000
+
+
 def test_the_description_of_a_machine(tmp_path: Path) -> None:
     machine = describe_machine(server(tmp_path))
     assert machine.cpu == "Xeon Gold"
