@@ -251,11 +251,17 @@ def _pip(engine: Engine, python: Path, arguments: list[str], total: int) -> None
         progress(f"Installing {engine.name}", total) as advance,
     ):
         assert pip.stdout is not None
-        for line in pip.stdout:
-            if line.startswith(("Collecting ", "Ignoring ")):
-                advance(note=line.split()[1].rstrip(":"))
-            elif line.startswith("ERROR:"):
-                errors.append(line.removeprefix("ERROR:").strip())
+        try:
+            for line in pip.stdout:
+                if line.startswith(("Collecting ", "Ignoring ")):
+                    advance(note=line.split()[1].rstrip(":"))
+                elif line.startswith("ERROR:"):
+                    errors.append(line.removeprefix("ERROR:").strip())
+        except BaseException:
+            # Waited for: it would write on into a folder that the next attempt removes.
+            pip.kill()
+            pip.wait()
+            raise
     if pip.returncode:
         reason = errors[0] if errors else f"pip ended with status {pip.returncode}"
         raise UserError(

@@ -223,10 +223,9 @@ def _cached_files(folder: Path) -> int:
     has lately written, for one."""
     lines = (_read(folder / "memory.stat") or "").splitlines()
     counted = {name: int(value) for name, _, value in (line.partition(" ") for line in lines)}
-    # v1 counts the groups below apart, in those with "total_".
-    return sum(
-        counted.get(f"total_{name}", counted.get(name, 0)) for name in ("inactive_file", "active_file")
-    )
+    # v1 counts the groups below in those with "total_" only, v2 always.
+    kinds = ("inactive_file", "active_file")
+    return sum(counted.get(f"total_{kind}", counted.get(kind, 0)) for kind in kinds)
 
 
 def throttled_seconds(root: Path = ROOT) -> float:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,7 +46,8 @@ from .options import (
 )
 from .recipes.cli import app as recipe_app
 
-# As the shell says it: 128 and the number of SIGINT.
+from .termination import termination_as_interrupt
+# As a shell says it: 128 and the number of SIGINT.
 INTERRUPTED = 130
 RESUMABLE = ("prune", "prune-export", "finetune")
 
@@ -186,7 +188,9 @@ def evaluate(
 
     result = evaluate(**options)
     if as_json:
-        print(json.dumps(dataclasses.asdict(result)))
+        # JSON has no nan, which is the standard error of one window.
+        stderr = None if math.isnan(result.stderr) else result.stderr
+        print(json.dumps({**dataclasses.asdict(result), "stderr": stderr}))
     else:
         print(
             f"{result.engine} {result.precision}: perplexity {result.perplexity:.3f} +- {result.stderr:.3f} "
@@ -270,9 +274,10 @@ def engine_install(name: Annotated[str, typer.Argument(help="The engine, e.g. de
 
 def main() -> None:
     """Run the command line; exit status 2 and one line on stderr when the input is wrong, 1 and one line when
-    an engine fails or says something else than torch."""
+    an engine fails or says something else than torch, and as a shell says it after a signal."""
     try:
-        status = app(standalone_mode=False) or 0
+        with termination_as_interrupt() as termination:
+            status = app(standalone_mode=False) or 0
     except (UserError, OSError) as error:
         _fail(str(error), 2 if isinstance(error, UserError) else 1)
     except (typer.Abort, KeyboardInterrupt):
@@ -285,7 +290,10 @@ def main() -> None:
             raise
         _fail(f"{message()}; see --help", 2)
     if status == INTERRUPTED:
-        _fail(f"interrupted{_how_to_go_on(sys.argv[1:])}", INTERRUPTED)
+        how = "interrupted"
+        if termination.signal is not None:
+            how, status = f"ended by {termination.signal.name}", 128 + termination.signal
+        _fail(f"{how}{_how_to_go_on(sys.argv[1:])}", status)
     sys.exit(status)
 
 

@@ -19,6 +19,8 @@ from openai import OpenAI
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig
 
+from dlp_deploy.bench.worker import WORKERS
+
 from .artifacts import pruned, with_graphs
 from .tiny_models import SIZES, VOCABULARY, save_tiny_model
 
@@ -66,8 +68,19 @@ class ServerProcess:
 
     @property
     def worker(self) -> psutil.Process:
-        (worker,) = psutil.Process(self.process.pid).children()
+        children = psutil.Process(self.process.pid).children()
+        (worker,) = (child for child in children if str(WORKERS) in child.cmdline())
         return worker
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Its engine answers nothing in the body, however long that takes."""
+        worker = self.worker
+        worker.suspend()
+        try:
+            yield
+        finally:
+            worker.resume()
 
     def stop(self, how: signal.Signals = signal.SIGTERM) -> int:
         """End it as a supervisor does, and return its exit status."""
@@ -83,6 +96,14 @@ def chat(client: OpenAI, *messages: tuple[str, Any], **options: Any) -> Any:
     listed = [{"role": role, "content": content} for role, content in messages]
     defaults = {"model": NAME, "messages": listed, "temperature": 0, "max_tokens": 20}
     return client.chat.completions.create(**defaults | options)
+
+
+def is_gone(process: psutil.Process) -> bool:
+    """Whether it has ended, even if nobody has asked yet how."""
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

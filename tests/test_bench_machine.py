@@ -219,6 +219,7 @@ def test_files_that_a_cgroup_caches_are_memory_to_be_had(
     limit: str, usage: str, total: str, tmp_path: Path
 ) -> None:
     root = server(tmp_path)
+    write(root / "proc/self/cgroup", "4:memory:/\n0::/jobs/mine")
     folder = root / "sys/fs/cgroup"
     write(folder / limit, "8000000000")
     write(folder / usage, "7900000000")

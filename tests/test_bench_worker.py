@@ -125,6 +125,13 @@ def test_logits_after_the_prompt_and_after_each_later_token(worker: EngineWorker
     np.testing.assert_array_equal(worker.logits(ids, prompt=4), expected)
 
 
+def test_each_token_of_logits_is_an_answer_of_its_own(worker: EngineWorker) -> None:
+    """So that the time limit is for one token, not for all. No other question could be asked in between."""
+    asked = []
+    worker.logits(np.arange(9), prompt=4, advance=lambda: asked.append(worker.memory()))
+    assert len(asked) == 6
+
+
 def test_greedy_decoding_fills_the_cache_before_the_prompt(worker: EngineWorker) -> None:
     ids, seen = np.arange(20), list(range(20))
     generation = worker.generate(ids, new_tokens=6)
@@ -214,11 +221,11 @@ def test_an_abort_leaves_no_temporary_files(
 
 
 def test_a_worker_that_hangs_is_ended(engine: Engine, core: int) -> None:
-    with (
-        EngineWorker.spawn(engine, [core], time_limit_s=10) as worker,
-        pytest.raises(WorkerError, match=r"no answer for 10 s and was ended; its last words: working on it"),
-    ):
-        worker.load(Path("hang"), context=40, prompt=4)
+    with EngineWorker.spawn(engine, [core]) as worker:
+        worker.time_limit_s = 3
+        said = r"no answer for 3 s and was ended; its last words: working on it"
+        with pytest.raises(WorkerError, match=said):
+            worker.load(Path("hang"), context=40, prompt=4)
     assert not Path(f"/proc/{worker.pid}").exists()
 
 

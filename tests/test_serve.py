@@ -260,23 +260,23 @@ def test_deepsparse_goes_on_when_clients_leave(
     assert deepsparse_server.health["generated_tokens"] - before < most
 
 
-def test_clients_that_wait_may_leave_and_one_too_many_is_told(server: ServerProcess, client: OpenAI) -> None:
-    running = complete(client, max_tokens=ENDLESS, stream=True)
-    next(iter(running))
-    with ThreadPoolExecutor(32) as pool, httpx.Client(timeout=60) as http:
-        body = {"model": NAME, "prompt": "x", "max_tokens": 1}
-        waiting = [pool.submit(complete, client, max_tokens=1, timeout=3) for _ in range(32)]
-        wait_until(lambda: server.health["waiting"] == 32)
-        for stream in (False, True):
-            refused = http.post(f"{server.url}/completions", json=body | {"stream": stream})
-            assert (refused.status_code, refused.json()["error"]["code"]) == (429, "rate_limit_exceeded")
-            assert refused.headers["retry-after"] == "1"
-        with pytest.raises(openai.RateLimitError):
-            complete(client, max_tokens=1)
-        running.close()
-        for future in waiting:
+def test_one_client_too_many_is_told_and_those_that_wait_are_answered(
+    server: ServerProcess, client: OpenAI
+) -> None:
+    with ThreadPoolExecutor(33) as pool, httpx.Client(timeout=60) as http:
+        with server.held():
+            body = {"model": NAME, "prompt": "x", "max_tokens": 1}
+            present = [pool.submit(complete, client, max_tokens=1, timeout=200) for _ in range(33)]
+            wait_until(lambda: server.health["waiting"] == 32)
+            for stream in (False, True):
+                refused = http.post(f"{server.url}/completions", json=body | {"stream": stream})
+                assert (refused.status_code, refused.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+                assert refused.headers["retry-after"] == "1"
+            with pytest.raises(openai.RateLimitError):
+                complete(client, max_tokens=1)
+        for future in present:
             assert future.result().usage.completion_tokens == 1
-    assert server.health["waiting"] == 0
+    wait_until(lambda: server.health["waiting"] == 0)
 
 
 def test_a_client_that_does_not_read_does_not_keep_the_engine(server: ServerProcess, client: OpenAI) -> None:
@@ -291,13 +291,18 @@ def test_a_client_that_does_not_read_does_not_keep_the_engine(server: ServerProc
 
 
 def test_all_prompts_of_a_request_have_one_turn(server: ServerProcess, client: OpenAI) -> None:
-    running = complete(client, PROMPTS[:3], max_tokens=1000, stream=True)
-    next(iter(running))
-    with ThreadPoolExecutor(32) as pool:
-        waiting = [pool.submit(complete, client, max_tokens=1) for _ in range(32)]
-        wait_until(lambda: server.health["waiting"] == 32)
-        finished = [chunk.choices[0].finish_reason for chunk in running if chunk.choices[0].finish_reason]
-        assert finished == ["length"] * 3
+    """The place of one that had a turn for each would be taken when it came back for the second."""
+
+    def ends() -> list[str]:
+        chunks = complete(client, PROMPTS[:3], max_tokens=20, stream=True, timeout=200)
+        return [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices[0].finish_reason]
+
+    with ThreadPoolExecutor(33) as pool:
+        with server.held():
+            running = pool.submit(ends)
+            waiting = [pool.submit(complete, client, max_tokens=1, timeout=200) for _ in range(32)]
+            wait_until(lambda: server.health["waiting"] == 32)
+        assert running.result() == ["length"] * 3
         for future in waiting:
             assert future.result().usage.completion_tokens == 1
 
@@ -305,10 +310,11 @@ def test_all_prompts_of_a_request_have_one_turn(server: ServerProcess, client: O
 def test_a_client_that_leaves_the_queue_frees_its_place(server: ServerProcess, client: OpenAI) -> None:
     running = complete(client, max_tokens=ENDLESS, stream=True)
     next(iter(running))
-    for stream in (False, True):
-        with pytest.raises(openai.APITimeoutError):
-            complete(client, max_tokens=1, timeout=0.3, stream=stream)
-    wait_until(lambda: server.health["waiting"] == 0)
+    with server.held():
+        for stream in (False, True):
+            with pytest.raises(openai.APITimeoutError):
+                complete(client, max_tokens=1, timeout=0.3, stream=stream)
+        wait_until(lambda: server.health["waiting"] == 0)
     running.close()
     assert complete(client, max_tokens=1).usage.completion_tokens == 1
 
@@ -409,6 +415,14 @@ def test_a_local_server_answers_to_local_names_only(server: ServerProcess) -> No
     assert reply.status_code == 400
     port = httpx.URL(server.url).port
     assert httpx.get(f"{server.url}/models", headers={"host": f"localhost:{port}"}).status_code == 200
+
+
+def test_a_local_server_answers_to_the_name_that_it_was_given(served: Path) -> None:
+    with serving(served, host="127.0.0.2", context=64) as server:
+        assert httpx.URL(server.url).host == "127.0.0.2"
+        assert complete(server.client, max_tokens=1).usage.completion_tokens == 1
+        reply = httpx.get(f"{server.url}/models", headers={"host": "a.web.page:80"})
+        assert reply.status_code == 400
 
 
 def test_a_body_that_no_context_holds_is_refused_while_it_comes(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -163,7 +164,7 @@ def test_onnxruntime_genai_reads_int8_and_the_chat_template(chatty: Path) -> Non
     tokenizer = genai.Tokenizer(model)
     assert tokenizer.apply_chat_template(json.dumps(CHAT), add_generation_prompt=True) == RENDERED
     ids = tokenizer.encode(RENDERED).tolist()
-    with EngineWorker.spawn(engine_named("onnxruntime"), [0]) as worker:
+    with EngineWorker.spawn(engine_named("onnxruntime"), [min(os.sched_getaffinity(0))]) as worker:
         worker.load(chatty / "onnxruntime-int8" / "model.onnx", CONTEXT, len(ids))
         ours = worker.generate(np.array(ids), NEW_TOKENS).tokens
     assert genai_tokens(model, ids) == list(ours)
@@ -248,7 +249,7 @@ def test_deepsparse_pipelines_run_int8_as_our_worker_does(copy: Path, deepsparse
     install("deepsparse")
     reference = Torch(copy)
     (text,) = run_pipeline(deepsparse_python, copy / "deepsparse-int8", PROMPTS[:1], prompt_step=1)
-    with EngineWorker.spawn(engine_named("deepsparse"), [0]) as worker:
+    with EngineWorker.spawn(engine_named("deepsparse"), [min(os.sched_getaffinity(0))]) as worker:
         worker.load(copy / "deepsparse-int8" / "model.onnx", CONTEXT, 1)
         ours = worker.generate(np.array(reference.ids(PROMPTS[0])), NEW_TOKENS + 1).tokens
     assert text in texts_of(reference, list(ours))

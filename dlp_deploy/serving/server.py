@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ipaddress
 import os
-import signal
 import socket
 import threading
 import time
@@ -53,11 +52,18 @@ def bound_socket(host: str, port: int) -> Iterator[socket.socket]:
 
 
 def run(
-    worker: EngineWorker, listener: socket.socket, name: str, codec: Codec, context: int, prompt_step: int
+    worker: EngineWorker,
+    listener: socket.socket,
+    host: str,
+    name: str,
+    codec: Codec,
+    context: int,
+    prompt_step: int,
 ) -> None:
     """Answer requests. Raises KeyboardInterrupt after a signal, and WorkerError once the engine is dead.
 
-    `context` is what the worker's cache holds, `prompt_step` the tokens it reads at once.
+    `host` is what the user calls the listener's address; `context` is what the worker's cache holds,
+    `prompt_step` the tokens it reads at once.
     """
     deaths: list[WorkerError] = []
 
@@ -68,7 +74,7 @@ def run(
     engine = CachedEngine(worker)
     generator = Generator(engine, codec.decode, codec.ends, codec.vocabulary, prompt_step, WAITING, lost)
     app = create_app(Served(name, int(time.time()), context, codec, generator))
-    _keep_to_this_machine(app, listener)
+    _keep_to_this_machine(app, listener, host)
     config = uvicorn.Config(app, log_config=None, lifespan="off", timeout_graceful_shutdown=GRACE_S)
     server = uvicorn.Server(config)
     threading.Thread(target=_watch, args=(worker.pid, generator), daemon=True).start()
@@ -89,10 +95,12 @@ def _watch(process: int, generator: Generator) -> None:
         generator.find_out()
 
 
-def _keep_to_this_machine(app: FastAPI, listener: socket.socket) -> None:
-    """On loopback, refuse other names of this host: web pages reach local servers by such names."""
-    if ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=LOOPBACK_NAMES)
+def _keep_to_this_machine(app: FastAPI, listener: socket.socket, host: str) -> None:
+    """On loopback, refuse names that nobody gave this host: web pages reach local servers by such names."""
+    address = listener.getsockname()[0]
+    if ipaddress.ip_address(address).is_loopback:
+        given = (f"[{name}]" if ":" in name else name for name in (host, address))
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK_NAMES, *given])
     else:
         say(f"{_url(listener)} is open to the network, without a password")
 
@@ -100,16 +108,3 @@ def _keep_to_this_machine(app: FastAPI, listener: socket.socket) -> None:
 def _url(listener: socket.socket) -> str:
     address, port = listener.getsockname()[:2]
     return f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
-
-
-@contextmanager
-def termination_as_interrupt() -> Iterator[None]:
-    """SIGTERM ends the body as Ctrl-C does, so that what it holds is released."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)

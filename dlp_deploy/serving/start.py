@@ -12,8 +12,9 @@ from ..errors import UserError
 from ..models import ModelFiles, load_config
 from ..outline import outline_of
 from ..progress import say
+from ..termination import termination_as_interrupt
 from .codec import open_codec
-from .server import bound_socket, run, termination_as_interrupt
+from .server import bound_socket, run
 
 # Enough for a conversation, and little memory: 2 GB of KV cache in a 7B model.
 DEFAULT_CONTEXT = 2048
@@ -46,7 +47,7 @@ def start(
             say(f"Loading {graph.parent} into {engine}: {len(chosen)} cores, context of {positions} tokens")
             step = min(PROMPT_STEP, positions - 1)
             worker.load(graph, positions, prompt=step)
-            run(worker, listener, files.name, codec, positions, step)
+            run(worker, listener, host, files.name, codec, positions, step)
     except KeyboardInterrupt:
         say("Stopped")
 
