@@ -78,8 +78,14 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def named(path: Path) -> Path:
+    """The same path in a form whose last part is the name: "." has none, and ".." is not one."""
+    return path if path.name not in ("", "..") else path.resolve()
+
+
 def partial_folder(final: Path) -> Path:
     """Where the files of `final` grow until they are whole."""
+    final = named(final)
     return final.with_name(final.name + PARTIAL_SUFFIX)
 
 
@@ -96,6 +102,7 @@ def new_folder(final: Path) -> Iterator[Path]:
 
     Its name is its own: `partial_folder(final)` may hold the hours of a run that is to be resumed.
     """
+    final = named(final)
     folder = final.with_name(f".{final.name}.{uuid4().hex[:12]}{PARTIAL_SUFFIX}")
     folder.mkdir(parents=True)
     try:
@@ -107,6 +114,7 @@ def new_folder(final: Path) -> Iterator[Path]:
 
 def replace_folder(finished: Path, final: Path) -> None:
     """Move the folder `finished` to `final`, taking the place of an older `final`."""
+    final = named(final)
     old = final.with_name(f".{final.name}.{os.getpid()}.old")
     if final.exists():
         final.replace(old)

@@ -22,7 +22,7 @@ from typing import BinaryIO
 from ..artifact import MANIFEST, Manifest, StoredFile, parse_manifest, read_manifest
 from ..errors import UserError
 from ..progress import Advance, progress, say
-from ..storage import atomic_path, naming_full_disk, new_folder, refuse_existing
+from ..storage import atomic_path, named, naming_full_disk, new_folder, refuse_existing
 from ..threads import map_in_threads
 from .pieces import DamagedPiece, decode, encode
 from .reshaped import restore_graph
@@ -43,8 +43,8 @@ def pack(artifact: Path | str, output: Path | str | None = None, force: bool = F
     exists, unless `force` says to replace it. Memory: a few pieces.
     """
     folder = Path(artifact)
-    path = Path(output) if output else folder.with_name(folder.resolve().name + SUFFIX)
     manifest = read_manifest(folder)
+    path = Path(output) if output else named(folder).with_name(named(folder).name + SUFFIX)
     refuse_existing(path, force)
     path.parent.mkdir(parents=True, exist_ok=True)
     with naming_full_disk(path), atomic_path(path) as temporary, temporary.open("wb") as stream:
@@ -53,9 +53,8 @@ def pack(artifact: Path | str, output: Path | str | None = None, force: bool = F
         with progress("Packing", _pieces(manifest)) as advance:
             for stored in _distinct(manifest):
                 _pack_file(folder / stored.path, stored, stream, advance)
-    whole = sum(stored.bytes for stored in manifest.files)
-    packed = path.stat().st_size
-    say(f"{path}: {packed / 1e6:.0f} MB for {whole / 1e6:.0f} MB ({packed / whole:.0%})")
+    before, packed = sum(stored.bytes for stored in manifest.files), path.stat().st_size
+    say(f"{path}: {packed / 1e6:.0f} MB for {before / 1e6:.0f} MB ({packed / max(before, 1):.0%})")
     return path
 
 
@@ -63,7 +62,7 @@ def unpack(packed: Path | str, output: Path | str | None = None, force: bool = F
     """Restore the artifact that `pack` wrote (default: beside the file, without .dlp); return its folder.
 
     Raises UserError when the file is damaged or cut short, when there is no room, and when the output
-    exists, unless `force` says to replace it. Nothing is left behind then.
+    exists, unless `force` says to replace it, or holds the file. Nothing is left behind then.
     """
     path = Path(packed)
     final = Path(output) if output else path.with_name(path.name.removesuffix(SUFFIX))
@@ -71,6 +70,8 @@ def unpack(packed: Path | str, output: Path | str | None = None, force: bool = F
         raise UserError(f"{path}: no such file")
     if final == path:
         raise UserError(f"{path} does not end in {SUFFIX}; say where to unpack it with --output")
+    if path.resolve().is_relative_to(final.resolve()):
+        raise UserError(f"{path} is in {final}, which would be replaced; give another --output")
     refuse_existing(final, force)
     with naming_full_disk(final), path.open("rb") as stream, new_folder(final) as folder:
         manifest = _read_head(stream, path, folder)

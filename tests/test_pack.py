@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dlp_deploy.artifact import read_manifest
+from dlp_deploy.artifact import read_manifest, write_manifest
 from dlp_deploy.errors import UserError
 from dlp_deploy.export.pack import MAGIC, PIECE, pack, unpack
 from dlp_deploy.export.pieces import DamagedPiece, decode, encode
@@ -165,6 +165,29 @@ def test_by_default_the_packed_file_is_beside_the_artifact_and_the_artifact_besi
     with pytest.raises(UserError, match=r"model\.dlp exists; .*--force"):
         pack(copy)
     assert pack(copy, force=True) == path
+
+
+def test_the_folder_that_one_is_in_is_packed_and_replaced(
+    artifact: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "model"
+    shutil.copytree(artifact, copy)
+    monkeypatch.chdir(copy)
+    assert pack(".") == tmp_path / "model.dlp"
+    (copy / "long.bin").unlink()
+    inside = shutil.copy(packed, copy)
+    with pytest.raises(UserError, match=r"is in \., which would be replaced"):
+        unpack(inside, ".", force=True)
+    assert Path(inside).is_file()
+    unpack(packed, ".", force=True)
+    assert contents(copy) == contents(artifact)
+
+
+def test_an_artifact_without_files_is_packed(artifact: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    write_manifest(empty, read_manifest(artifact).model_copy(update={"files": ()}))
+    assert contents(unpack(pack(empty), tmp_path / "back")) == contents(empty)
 
 
 def test_an_altered_or_missing_file_is_not_packed(artifact: Path, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from ..journal import EVALUATED, TRAINED, Journal
 from ..models import ModelFiles, load_tokenizer, resolve_model
 from ..progress import progress, say
 from ..pruning import ARTIFACTS, calibration_record, chosen_device
-from ..storage import refuse_existing, sha256_file
+from ..storage import named, refuse_existing, sha256_file
 from ..unfinished import JOURNAL, unfinished_run, work_folder
 from .clock import Clock
 from .curve import LoggedStep, draw, logged_steps, write_log
@@ -74,7 +74,8 @@ def _quiet() -> Iterator[None]:
 
 def _default_output(model: str) -> Path:
     if is_artifact(model):
-        return Path(model).with_name(Path(model).resolve().name + SUFFIX)
+        folder = named(Path(model))
+        return folder.with_name(folder.name + SUFFIX)
     return ARTIFACTS / (resolve_model(model).name + SUFFIX)
 
 
