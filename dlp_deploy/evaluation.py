@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .artifact import CHECKPOINT, MANIFEST, check_files, graph_of, read_manifest
-from .bench.engines import engine_named
+from .artifact import CHECKPOINT, MANIFEST, Export, check_files, graph_of, read_manifest
+from .bench.engines import Engine, engine_named
+from .bench.environments import interpreter
 from .bench.machine import choose_cores
 from .bench.worker import EngineWorker
 from .blocks import logits_of
@@ -57,10 +58,11 @@ def evaluate(
     `model` is an artifact folder, or with engine "torch" anything that prune takes. `engine` is torch
     (the checkpoint, fp32, block by block), onnxruntime, deepsparse or llamacpp (the artifact's graphs).
     `precision` chooses among an artifact's graphs, `dense` its baseline. `seqlen` defaults to the model's
-    positions, at most 2048; `cores` is the number of physical cores (all). Raises UserError when the text is
-    out of reach or shorter than one window, for what torch has no use for, for cores that are not there, and
-    when files of the artifact are missing or altered.
+    positions, at most 2048; `cores` is the number of physical cores (all). Raises UserError for an engine, a
+    graph or cores that are not there and for what torch has no use for, before anything is downloaded; when
+    files of the artifact are missing or altered; and when the text is out of reach, or shorter than a window.
     """
+    described = engine_named(engine)
     if engine == "torch" and (dense or precision not in (None, "fp32")):
         raise UserError(
             "torch runs the checkpoint in fp32: --dense and --precision choose among graphs; name an engine "
@@ -68,20 +70,26 @@ def evaluate(
         )
     chosen_cores = choose_cores(cores)
     folder = Path(model)
+    graph = None if engine == "torch" else _graph(folder, described, precision, dense)
     files = _files(model, folder, engine)
     positions = outline_of(load_config(files)).max_positions
     length = seqlen or min(2048, positions)
     if length > positions:
         raise UserError(f"--seqlen {length} is longer than the {positions} positions of {model}")
     text = evaluation_windows(data, load_tokenizer(files), windows, length)
-    if engine == "torch":
+    if graph is None:
         with _threads(len(chosen_cores)):
             result, chosen = perplexity_of(torch_nll(files, text)), "fp32"
     else:
-        graph = graph_of(folder, engine, precision, dense)
-        chosen, path = graph.precision, folder / graph.path / engine_named(engine).model_file
-        result = perplexity_of(_engine_nll(engine, path, text, chosen_cores))
+        path, chosen = folder / graph.path / described.model_file, graph.precision
+        result = perplexity_of(_engine_nll(described, path, text, chosen_cores))
     return _record(model, engine, chosen, data, text, result)
+
+
+def _graph(folder: Path, engine: Engine, precision: str | None, dense: bool) -> Export:
+    """The artifact's graph to run. Raises UserError as `graph_of` does, and when the engine is missing."""
+    interpreter(engine)
+    return graph_of(folder, engine.name, precision, dense)
 
 
 def _files(model: str, folder: Path, engine: str) -> ModelFiles:
@@ -123,10 +131,10 @@ def torch_nll(files: ModelFiles, text: TokenWindows) -> np.ndarray:
     return np.stack(rows)
 
 
-def _engine_nll(engine: str, graph: Path, text: TokenWindows, cores: Sequence[int]) -> np.ndarray:
-    with EngineWorker.spawn(engine_named(engine), cores) as worker:
+def _engine_nll(engine: Engine, graph: Path, text: TokenWindows, cores: Sequence[int]) -> np.ndarray:
+    with EngineWorker.spawn(engine, cores) as worker:
         worker.load(graph, context=text.ids.shape[1], prompt=0)
-        return np.concatenate(list(_window_by_window(worker, engine, text)))
+        return np.concatenate(list(_window_by_window(worker, engine.name, text)))
 
 
 def _window_by_window(worker: EngineWorker, engine: str, text: TokenWindows) -> Iterator[np.ndarray]:

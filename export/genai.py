@@ -19,20 +19,24 @@ def genai_config(config: Any, generation: Mapping[str, Any]) -> dict[str, Any]:
     """The contents of genai_config.json for a transformers config.
 
     `generation` is generation_config.json (or empty); its end tokens come first, as chat models name more
-    of them there. Greedy decoding is the default, as the graph says nothing of sampling.
+    of them there. Where neither names any, texts end at their length: the beginning of the next one, which
+    the library wants a number for, is a token that the vocabulary does not have. Greedy decoding is the
+    default, as the graph says nothing of sampling.
     """
     decoder = decoder_of(config)
-    ends = generation.get("eos_token_id", config.eos_token_id)
-    pad = generation.get("pad_token_id", config.pad_token_id)
-    beginning = config.bos_token_id
+    ends = _first_stated(generation.get("eos_token_id"), config.eos_token_id)
+    first = ends[0] if isinstance(ends, list) else ends
+    tokens = {
+        "bos_token_id": _first_stated(config.bos_token_id, first),
+        "eos_token_id": ends,
+        "pad_token_id": _first_stated(generation.get("pad_token_id"), config.pad_token_id, first),
+    }
     return {
         "model": {
             "type": decoder.family.genai_type or decoder.family.name,
             "vocab_size": decoder.vocabulary,
             "context_length": decoder.max_positions,
-            "bos_token_id": _first(ends) if beginning is None else beginning,
-            "eos_token_id": ends,
-            "pad_token_id": _first(ends) if pad is None else pad,
+            **{name: token for name, token in tokens.items() if token is not None},
             "decoder": {
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
                 "filename": MODEL_FILE,
@@ -63,5 +67,6 @@ def genai_config(config: Any, generation: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _first(tokens: int | list[int]) -> int:
-    return tokens if isinstance(tokens, int) else tokens[0]
+def _first_stated(*tokens: int | list[int] | None) -> int | list[int] | None:
+    """The first that names a token; 0 is one."""
+    return next((token for token in tokens if token not in (None, [])), None)

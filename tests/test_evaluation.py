@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from dlp_deploy import evaluation
 from dlp_deploy.artifact import CHECKPOINT
+from dlp_deploy.bench.environments import install
 from dlp_deploy.calibration import evaluation_windows
 from dlp_deploy.errors import UserError
 from dlp_deploy.evaluation import evaluate
@@ -39,6 +42,65 @@ def test_perplexity_is_that_of_transformers(engine: str, cores: int | None, tiny
         loss = torch_model(tiny_artifact / CHECKPOINT)(ids, labels=ids).loss
     assert found.perplexity == pytest.approx(float(loss.exp()), rel=1e-4)
     assert (found.engine, found.precision) == (engine, "fp32")
+
+
+def test_deepsparse_says_what_torch_says(served: Path) -> None:
+    install("deepsparse")
+    options = SHORT | {"seqlen": 100}
+    torch_s, deepsparse_s = (
+        evaluate(str(served), engine, precision="fp32", **options) for engine in ("torch", "deepsparse")
+    )
+    assert deepsparse_s.perplexity == pytest.approx(torch_s.perplexity, rel=1e-3)
+    assert deepsparse_s.stderr == pytest.approx(torch_s.stderr, rel=1e-2)
+    assert (deepsparse_s.tokens, deepsparse_s.sha256) == (torch_s.tokens, torch_s.sha256)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "said"),
+    [
+        ("llama2-7b", ("--engine", "onnxruntime"), "llama2-7b is no artifact"),
+        (
+            "llama2-7b",
+            ("--engine", "onnxrutime"),
+            "there is no engine 'onnxrutime'; did you mean onnxruntime?",
+        ),
+        (
+            "ARTIFACT",
+            ("--engine", "onnxruntime", "--precision", "int4"),
+            "no sparse graph for onnxruntime int4",
+        ),
+        ("ARTIFACT", ("--engine", "onnxruntime", "--dense"), "no dense graph for onnxruntime"),
+    ],
+)
+def test_what_cannot_be_run_is_said_before_anything_is_downloaded(
+    model: str,
+    options: tuple[str, ...],
+    said: str,
+    tiny_artifact: Path,
+    run: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def download(*arguments: object) -> None:
+        raise AssertionError("it was downloaded")
+
+    monkeypatch.setattr(evaluation, "resolve_model", download)
+    monkeypatch.setattr(evaluation, "evaluation_windows", download)
+    name = str(tiny_artifact) if model == "ARTIFACT" else model
+    status, out, error = run("eval", name, *options)
+    assert (status, out, error.count("\n")) == (2, "", 1)
+    assert said in error
+
+
+def test_a_standard_error_that_is_not_known_is_null_in_json(
+    tiny_artifact: Path, run: Callable[..., tuple[int, str, str]]
+) -> None:
+    options = ("--data", "builtin", "--seqlen", "32", "--json", "--windows")
+    found = [
+        json.loads(run("eval", tiny_artifact, *options, windows)[1], parse_constant=pytest.fail)
+        for windows in (1, 2)
+    ]
+    assert found[0]["stderr"] is None
+    assert found[1]["stderr"] > 0
 
 
 @pytest.mark.parametrize("options", [("--dense",), ("--precision", "int8")])
