@@ -7,12 +7,16 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import pytest
 
+from dlp_deploy.bench import environments
 from dlp_deploy.bench.engines import Engine, engine_named
 from dlp_deploy.bench.environments import (
     MARKER,
@@ -102,6 +106,33 @@ def test_an_interrupted_installation_is_redone(cache: Path, small: Engine) -> No
     assert install_engine(small) == python
     assert not (folder / "left-over").exists()
     subprocess.run([str(python), "-c", "import six"], check=True)
+
+
+def test_an_installation_that_is_interrupted_waits_for_the_end_of_its_pip(
+    cache: Path, small: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would write on into the folder that the next attempt removes."""
+    started: list[subprocess.Popen[Any]] = []
+
+    class Noted(subprocess.Popen[Any]):
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            super().__init__(*arguments, **named)
+            started.append(self)
+
+    @contextmanager
+    def interrupted(description: str, total: int) -> Iterator[Callable[..., None]]:
+        def advance(note: str) -> None:
+            raise KeyboardInterrupt
+
+        yield advance
+
+    monkeypatch.setattr(subprocess, "Popen", Noted)
+    monkeypatch.setattr(environments, "progress", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        install_engine(small)
+    # Nobody has asked since whether they have ended.
+    assert "pip" in started[-1].args
+    assert all(process.returncode is not None for process in started)
 
 
 def test_installations_at_the_same_time_make_one_environment(cache: Path, small: Engine) -> None:
