@@ -19,9 +19,9 @@ def genai_config(config: Any, generation: Mapping[str, Any]) -> dict[str, Any]:
     """The contents of genai_config.json for a transformers config.
 
     `generation` is generation_config.json (or empty); its end tokens come first, as chat models name more
-    of them there. Where neither names any, texts end at their length: the beginning of the next one, which
-    the library wants a number for, is a token that the vocabulary does not have. Greedy decoding is the
-    default, as the graph says nothing of sampling.
+    of them there. What neither names is left out: the library then ends a text at the padding token, or at
+    token 0, as it has no texts without an end. Greedy decoding is the default, as the graph says nothing of
+    sampling.
     """
     decoder = decoder_of(config)
     ends = _first_stated(generation.get("eos_token_id"), config.eos_token_id)

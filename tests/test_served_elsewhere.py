@@ -188,15 +188,44 @@ def test_onnxruntime_genai_reads_int8_and_the_chat_template(chatty: Path) -> Non
             3,
             0,
         ),
+        (
+            {"eos_token_id": 0, "bos_token_id": None, "pad_token_id": None},
+            {"eos_token_id": None, "pad_token_id": None},
+            0,
+            0,
+            0,
+        ),
+        ({"eos_token_id": None, "bos_token_id": None, "pad_token_id": 4}, {}, None, 4, None),
     ],
 )
 def test_special_tokens_of_genai_come_from_both_configs(
-    config: dict[str, Any], generation: dict[str, Any], ends: Any, pad: int, bos: int
+    config: dict[str, Any], generation: dict[str, Any], ends: Any, pad: int, bos: int | None
 ) -> None:
     model = genai_config(LlamaConfig(**SIZES | config, architectures=["LlamaForCausalLM"]), generation)[
         "model"
     ]
-    assert (model["eos_token_id"], model["pad_token_id"], model["bos_token_id"]) == (ends, pad, bos)
+    found = tuple(model.get(name) for name in ("eos_token_id", "pad_token_id", "bos_token_id"))
+    assert found == (ends, pad, bos)
+    assert None not in model.values()
+
+
+@has_genai
+def test_onnxruntime_genai_ends_where_the_tokenizer_says_when_no_config_does(
+    tmp_path: Path, tiny_tokenizer: Any
+) -> None:
+    import onnxruntime_genai as genai
+
+    config = LlamaConfig(**SIZES | {"eos_token_id": None, "bos_token_id": None, "pad_token_id": None})
+    checkpoint = save_tiny_model(tmp_path / "model", config, tiny_tokenizer)
+    artifact = with_graphs(pruned(checkpoint, tmp_path / "a"), "fp32", "onnxruntime")
+    written = json.loads((artifact / "onnxruntime" / "genai_config.json").read_text())["model"]
+    end = tiny_tokenizer.eos_token_id
+    assert (written["eos_token_id"], written["pad_token_id"], written["bos_token_id"]) == (end, end, end)
+    reference = Torch(artifact)
+    expected = reference.tokens(PROMPTS[0])
+    expected = expected[: expected.index(end)] if end in expected else expected
+    found = genai_tokens(genai.Model(str(artifact / "onnxruntime")), reference.ids(PROMPTS[0]))
+    assert [token for token in found if token != end] == expected
 
 
 # --- DeepSparse's own tools ---
