@@ -161,8 +161,8 @@ def _name_others(path: Path, points: Sequence[Point], settings: Mapping[str, Any
     )
     if others:
         say(
-            f"{len(others)} points of {path} were measured with other settings ({', '.join(differing)}): "
-            "they are kept, and are not part of this sweep"
+            f"{path} has points of other settings too ({', '.join(differing)}): they are kept, and are no part "
+            "of this sweep"
         )
 
 

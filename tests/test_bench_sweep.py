@@ -144,7 +144,9 @@ def test_a_sweep_leaves_its_reports_and_no_graphs(swept: tuple[Path, Point]) -> 
     assert read_points(output) == [point]
 
 
-def test_a_sweep_goes_on_where_it_was_killed(shape: str, tmp_path: Path) -> None:
+def test_a_sweep_goes_on_where_it_was_killed(
+    shape: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / "s.jsonl"
     options = QUICK | {"engine": "onnxruntime", "quant": "fp32", "baseline": "fp32", "output": output}
     sweep(shape, sparsity="0.5", **options)
@@ -161,6 +163,11 @@ def test_a_sweep_goes_on_where_it_was_killed(shape: str, tmp_path: Path) -> None
     assert not (tmp_path / ".s.jsonl.graphs").exists()
 
     stored = json.loads(first)
+    stored["settings"]["context"] = 20
+    output.write_bytes(json.dumps(stored).encode() + b"\n" + again)
+    assert sweep(shape, sparsity="0.75,0.5", **options) == points
+    assert "has points of other settings too (context 20)" in capsys.readouterr().err
+
     stored["report"]["environment"]["cpu"] = "another processor"
     output.write_text(json.dumps(stored) + "\n")
     with pytest.raises(UserError, match="was measured on another processor"):
