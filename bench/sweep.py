@@ -161,8 +161,8 @@ def _name_others(path: Path, points: Sequence[Point], settings: Mapping[str, Any
     )
     if others:
         say(
-            f"{path} has points of other settings too ({', '.join(differing)}): they are kept, and are no part "
-            "of this sweep"
+            f"{path} has points of other settings too ({', '.join(differing)}): "
+            "they are kept, and are no part of this sweep"
         )
 
 
