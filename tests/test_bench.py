@@ -23,6 +23,7 @@ from dlp_deploy.bench.engines import engine_named, has_room
 from dlp_deploy.bench.environments import install
 from dlp_deploy.bench.markdown import to_markdown
 from dlp_deploy.bench.outcome import Outcome, Workload
+from dlp_deploy.bench.plan import plan_runs
 from dlp_deploy.bench.pool import load
 from dlp_deploy.bench.present import print_report
 from dlp_deploy.bench.report import SCHEMA_FILE, Report, json_schema, read_report, to_json
@@ -273,8 +274,8 @@ def test_what_loads_slowly_is_loaded_once_where_others_can_make_room(
         if context == workload.cached_tokens:
             loaded.append(outcome.candidate.name)
         workers.append(load(outcome, workload, context))
-        return workers[-1]
         outcome.load_s = 60.0 if outcome.candidate.engine.name == "deepsparse" else 1.0
+        return workers[-1]
 
     def room_for_three() -> int:
         return 0 if sum(pid_exists(worker.pid) for worker in workers) >= 3 else 1 << 40
@@ -287,6 +288,31 @@ def test_what_loads_slowly_is_loaded_once_where_others_can_make_room(
     assert not report.all_loaded
     assert [loaded.count(f"deepsparse-{precision}-s70") for precision in ("fp32", "int8")] == [1, 1]
     assert loaded.count("onnxruntime-fp32-dense") > 1
+
+
+def test_what_is_loaded_for_a_check_alone_gets_room_as_well(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The prompt of the reference is longer than the context to be timed, and has a worker of its own."""
+    workers: list[EngineWorker] = []
+    there: list[int] = []
+    spawn = EngineWorker.spawn
+
+    def alive() -> int:
+        return sum(pid_exists(worker.pid) for worker in workers)
+
+    def noted(*arguments: Any) -> EngineWorker:
+        there.append(alive())
+        workers.append(spawn(*arguments))
+        return workers[-1]
+
+    monkeypatch.setattr(EngineWorker, "spawn", noted)
+    monkeypatch.setattr(pool, "available_memory", lambda: 0 if alive() else 1 << 40)
+    report = bench(artifact, engine="onnxruntime", baseline="fp32", output=tmp_path / "r.json", **QUICK)
+    assert [run.status for run in report.runs] == ["ok"] * 3
+    assert set(there) == {0}
+    # Each of the three once for the check alone.
+    assert len(there) > 6
 
 
 def test_weights_that_memory_does_not_hold_are_not_loaded(
@@ -333,6 +359,8 @@ def test_no_baseline_means_no_speedup(artifact: Path, tmp_path: Path) -> None:
         ({"time_limit": 0}, "--time-limit 0: give seconds"),
         ({"time_limit": float("nan")}, "--time-limit nan: give seconds"),
         ({"eval_data": "no-such-text.txt"}, "no-such-text.txt"),
+        ({"output": Path("run.int8")}, r"--output run\.int8: give a name that ends in \.json"),
+        ({"output": Path("/proc/self/r.json")}, "/proc/self cannot be written to .* another --output"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_anything_is(
@@ -345,13 +373,26 @@ def test_what_cannot_be_measured_is_refused_before_anything_is(
 
 
 def test_a_report_is_not_overwritten_unless_forced(artifact: Path, tmp_path: Path) -> None:
+    for name in ("r.json", "r.md", "r.roofline.svg"):
+        (tmp_path / name).write_text("mine")
+        with pytest.raises(UserError, match=rf"{name} exists; .* --force"):
+            bench(artifact, engine="onnxruntime", output=tmp_path / "r.json", **QUICK)
+        assert (tmp_path / name).read_text() == "mine"
+        (tmp_path / name).unlink()
     (tmp_path / "r.json").write_text("mine")
-    with pytest.raises(UserError, match="--force"):
-        bench(artifact, engine="onnxruntime", output=tmp_path / "r.json", **QUICK)
-    assert (tmp_path / "r.json").read_text() == "mine"
     options = QUICK | {"baseline": "none", "repeats": 1}
     report = bench(artifact, engine="onnxruntime", output=tmp_path / "r.json", force=True, **options)
     assert read_report(tmp_path / "r.json") == report
+
+
+def test_what_is_named_twice_is_measured_once(artifact: Path) -> None:
+    planned = plan_runs(artifact, read_manifest(artifact), "onnxruntime, onnxruntime", "int8,fp32,int8")
+    assert [candidate.name for candidate in planned] == [
+        "onnxruntime-int8-dense",
+        "onnxruntime-fp32-dense",
+        "onnxruntime-fp32-s70",
+        "onnxruntime-int8-s70",
+    ]
 
 
 def test_an_altered_graph_is_refused(copy: Path, tmp_path: Path) -> None:

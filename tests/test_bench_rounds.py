@@ -221,3 +221,17 @@ def test_a_later_step_that_fails_does_not_cost_the_latencies(
     report = read_report(tmp_path / "r.json")
     assert [len(each.samples) for each in report.runs] == [3, 3]
     assert "MemoryError: no room for the windows" in report.warnings[0]
+
+
+def test_a_plot_that_fails_does_not_cost_the_report(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(report: Report) -> None:
+        raise MemoryError("no room for the picture")
+
+    monkeypatch.setattr(run, "overview", fails)
+    with pytest.raises(MemoryError):
+        bench(artifact, output=tmp_path / "new" / "r.json", **QUICK)
+    report = read_report(tmp_path / "new" / "r.json")
+    assert [len(each.samples) for each in report.runs] == [3, 3]
+    assert (tmp_path / "new" / "r.csv").exists()
