@@ -291,8 +291,8 @@ def main() -> None:
         _fail(f"{message()}; see --help", 2)
     if status == INTERRUPTED:
         how = "interrupted"
-        if termination.signal is not None:
-            how, status = f"ended by {termination.signal.name}", 128 + termination.signal
+        if termination.told_by is not None:
+            how, status = f"ended by {termination.told_by.name}", 128 + termination.told_by
         _fail(f"{how}{_how_to_go_on(sys.argv[1:])}", status)
     sys.exit(status)
 

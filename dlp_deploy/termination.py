@@ -10,15 +10,17 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
+@dataclass
 class Termination:
-    """Which signal asked the body of `termination_as_interrupt` to end, if one did."""
+    """Which signal told the body of `termination_as_interrupt` to end, if one did."""
 
-    signal: signal.Signals | None = None
+    told_by: signal.Signals | None = None
 
 
 @contextmanager
@@ -35,9 +37,9 @@ def termination_as_interrupt() -> Iterator[Termination]:
         return
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        if found.signal is None:
-            found.signal = signal.Signals(number)
-            raise KeyboardInterrupt(found.signal.name)
+        if found.told_by is None:
+            found.told_by = signal.Signals(number)
+            raise KeyboardInterrupt(found.told_by.name)
 
     ours = [number for number in SIGNALS if signal.getsignal(number) is signal.SIG_DFL]
     for number in ours:
