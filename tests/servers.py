@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,8 +68,7 @@ class ServerProcess:
 
     @property
     def worker(self) -> psutil.Process:
-        children = psutil.Process(self.process.pid).children()
-        (worker,) = (child for child in children if str(WORKERS) in child.cmdline())
+        (worker,) = workers_of(self.process.pid)
         return worker
 
     @contextmanager
@@ -96,6 +95,16 @@ def chat(client: OpenAI, *messages: tuple[str, Any], **options: Any) -> Any:
     listed = [{"role": role, "content": content} for role, content in messages]
     defaults = {"model": NAME, "messages": listed, "temperature": 0, "max_tokens": 20}
     return client.chat.completions.create(**defaults | options)
+
+
+def workers_of(process: int) -> list[psutil.Process]:
+    """The engines that it has started and that live."""
+    found = []
+    for child in psutil.Process(process).children():
+        with suppress(psutil.NoSuchProcess):
+            if str(WORKERS) in child.cmdline():
+                found.append(child)
+    return found
 
 
 def is_gone(process: psutil.Process) -> bool:

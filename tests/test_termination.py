@@ -9,13 +9,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 
 import dlp_deploy
-from dlp_deploy.bench.worker import WORKERS
 
-from .servers import is_gone, wait_until
+from .servers import is_gone, wait_until, workers_of
 
 # An engine that says in a file that it computes, and never ends.
 ENDLESS = """
@@ -51,20 +49,14 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def workers_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    return [
-        child for child in psutil.Process(process.pid).children() if str(WORKERS) in " ".join(child.cmdline())
-    ]
-
-
 def test_a_command_that_is_told_to_end_leaves_no_worker_and_no_temporary_files(
     tiny_artifact: Path, scratch: Path
 ) -> None:
     program = str(Path(sys.executable).with_name("dlp-deploy"))
     command = [program, "eval", str(tiny_artifact), "--engine", "onnxruntime", "--data", "builtin"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        wait_until(lambda: bool(workers_of(process)))
-        (worker,) = workers_of(process)
+        wait_until(lambda: bool(workers_of(process.pid)))
+        (worker,) = workers_of(process.pid)
         # So that it is there when the signal comes.
         worker.suspend()
         assert list(scratch.glob("dlp-deploy-*"))
@@ -82,7 +74,7 @@ def test_a_worker_that_computes_ends_with_a_client_that_is_killed(tmp_path: Path
     command = [sys.executable, "-c", CLIENT, str(tmp_path / "endless.py"), str(model), core]
     with subprocess.Popen(command) as process:
         wait_until(lambda: model.exists() or process.poll() is not None)
-        (worker,) = workers_of(process)
+        (worker,) = workers_of(process.pid)
         assert list(scratch.iterdir())
         process.kill()
     wait_until(lambda: is_gone(worker))
