@@ -75,10 +75,10 @@ def test_a_worker_that_computes_ends_with_a_client_that_is_killed(tmp_path: Path
     with subprocess.Popen(command) as process:
         wait_until(lambda: model.exists() or process.poll() is not None)
         (worker,) = workers_of(process.pid)
-        assert list(scratch.iterdir())
+        assert list(scratch.glob("dlp-deploy-*"))
         process.kill()
     wait_until(lambda: is_gone(worker))
-    assert not list(scratch.iterdir())
+    assert not list(scratch.glob("dlp-deploy-*"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
