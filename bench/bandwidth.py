@@ -44,7 +44,7 @@ def pass_rates(spans: np.ndarray, bytes_read: int) -> np.ndarray:
     `spans`, float64 [threads, passes, 2], are the seconds at which each thread began and ended: a pass lasts
     from the first that began to the last that ended.
     """
-    return bytes_read / (spans[:, :, 1].max(axis=0) - spans[:, :, 0].min(axis=0))
+    return np.asarray(bytes_read / (spans[:, :, 1].max(axis=0) - spans[:, :, 0].min(axis=0)))
 
 
 def _measure(cores: Sequence[int], size: int) -> float:
