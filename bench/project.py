@@ -2,9 +2,9 @@
 
     time = max(compute / (cores x clock), bytes / bandwidth) + serial / clock
 
-`compute` (core-milliseconds per token) and `serial` come from reports at one or more numbers of cores:
-with one, nothing is known of the serial part and it is taken as zero; with more, Amdahl's law is fitted.
-`bytes` are those of the roofline. A projection is an expectation, not a measurement, and says so.
+`compute` (core-milliseconds per token) and `serial` come from reports at one or more numbers of cores
+(`scaling.py`), and `bytes` are those of the roofline. A projection is an expectation, not a measurement, and
+says so.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..errors import UserError
 from ..storage import write_text
 from .markdown import markdown_table
 from .points import as_report, read_points
-from .report import Report, Run, read_report
+from .report import Report, Roofline, Run, read_report
+from .scaling import fit_parts
 
 # Share of the published bandwidth that reading weights is taken to sustain.
 SUSTAINED = 0.8
@@ -113,7 +114,8 @@ def project(
     together can read) and `clock` (GHz) replace single figures, or is described by these alone. With
     `check`, a report, the projection is to the machine and cores of that report, and is compared with
     what it measured. `output` defaults to <report>.<machine>.json; .md is written beside it. Raises
-    UserError for reports that cannot be projected and machines that are not described.
+    UserError for reports that cannot be projected, machines that are not described, and an output that is
+    there and is no projection.
     """
     measured = [_read(Path(report)) for report in reports]
     checked = _read(Path(check)) if check else None
@@ -122,6 +124,7 @@ def project(
     target = _target_of(checked) if checked else describe_target(machine, cores, bandwidth, clock)
     projection = project_reports(measured, target, checked)
     path = Path(output) if output else Path(reports[0]).with_suffix(f".{target.name}.json")
+    _refuse_measured(path)
     write_text(path.with_suffix(".md"), to_markdown(projection))
     write_text(path, projection.model_dump_json(indent=2) + "\n")
     return projection
@@ -133,6 +136,22 @@ def _read(path: Path) -> Report:
     if not path.exists() or not (points := read_points(path)):
         raise UserError(f"{path} has no finished point of a sweep; give a report.json or a sweep's .jsonl")
     return as_report(points)
+
+
+def _refuse_measured(path: Path) -> None:
+    """Raise UserError where a projection would take the place of something else, such as a measurement."""
+    if path.suffix != ".json":
+        raise UserError(f"--output {path}: give a name that ends in .json; the tables go into .md beside it")
+    if path.exists() and not _is_projection(path):
+        raise UserError(f"{path} is no projection and would be replaced; give another --output")
+
+
+def _is_projection(path: Path) -> bool:
+    try:
+        Projection.model_validate_json(path.read_bytes())
+    except ValidationError:
+        return False
+    return True
 
 
 def describe_target(
@@ -197,22 +216,11 @@ def project_reports(reports: Sequence[Report], target: Target, checked: Report |
     )
 
 
-def fit_amdahl(cores: np.ndarray, times_ms: np.ndarray) -> tuple[float, float]:
-    """(compute, serial) of time = compute / cores + serial, by least squares; neither is negative."""
-    if len(set(cores.tolist())) < 2:
-        return float((times_ms * cores).mean()), 0.0
-    compute, serial = np.polyfit(1 / cores, times_ms, 1)
-    if serial < 0:
-        return float((times_ms * cores).mean()), 0.0
-    return (float(compute), float(serial)) if compute > 0 else (0.0, float(times_ms.mean()))
-
-
 def _project_run(measured: Sequence[Run], target: Target, faster: float) -> ProjectedRun:
     times = np.array([run.tpot_ms.p50 for run in measured if run.tpot_ms])
-    compute, serial = fit_amdahl(np.array([run.cores for run in measured]), times)
-    roofs = measured[0].roofline
-    if roofs is None:
-        raise UserError(f"the report has no bytes per token of {measured[0].name}; measure it again")
+    waits = np.array([_memory_ms(run) for run in measured])
+    compute, serial = fit_parts(np.array([run.cores for run in measured]), times, waits)
+    roofs = _roofs(measured[0])
     compute_ms = compute / (target.cores * faster)
     memory_ms = (roofs.weight_bytes + roofs.kv_bytes) / target.bandwidth_gbps / 1e6
     return ProjectedRun(
@@ -226,6 +234,17 @@ def _project_run(measured: Sequence[Run], target: Target, faster: float) -> Proj
         bound="bandwidth" if memory_ms > compute_ms else "compute",
         bytes_estimated=roofs.estimated,
     )
+
+
+def _roofs(run: Run) -> Roofline:
+    if run.roofline is None:
+        raise UserError(f"the report has no bytes per token of {run.name}; measure it again")
+    return run.roofline
+
+
+def _memory_ms(run: Run) -> float:
+    """What the bytes of a token took at the bandwidth that was measured beside the run."""
+    return run.tpot_ms.p50 * _roofs(run).bandwidth_share if run.tpot_ms else 0.0
 
 
 def _checked(run: ProjectedRun, report: Report) -> ProjectedRun:
@@ -272,7 +291,7 @@ def _assumptions(reports: Sequence[Report], target: Target) -> tuple[str, ...]:
     environment = reports[0].environment
     counts = sorted({len(report.environment.cores_used) for report in reports})
     serial = (
-        f"the serial part is Amdahl's, fitted to {', '.join(map(str, counts))} cores"
+        f"the serial part is Amdahl's, fitted with what memory allowed to {', '.join(map(str, counts))} cores"
         if len(counts) > 1
         else f"no serial part: {counts[0]} core(s) measured alone do not show one, so this is optimistic"
     )
@@ -301,8 +320,8 @@ def _memory_bound(reports: Sequence[Report]) -> Iterator[str]:
     waited = [run.name for run in runs if run.roofline and run.roofline.bandwidth_share > MEMORY_BOUND]
     if waited:
         yield (
-            f"all measured time is compute, although {', '.join(dict.fromkeys(waited))} waited for memory: "
-            "the compute part of these, and speed-ups over them, may be too large"
+            f"{', '.join(dict.fromkeys(waited))} waited for memory, so their arithmetic may take less than "
+            "is known: the compute part of these, and speed-ups over them, may be too large"
         )
 
 

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dlp_deploy.bench.points import Point, append_point, as_report
-from dlp_deploy.bench.project import describe_target, fit_amdahl, project, project_reports, to_markdown
+from dlp_deploy.bench.project import describe_target, project, project_reports, to_markdown
 from dlp_deploy.bench.report import Report, to_json
+from dlp_deploy.bench.scaling import fit_parts
 from dlp_deploy.errors import UserError
 
 from .bench_reports import DENSE, SPARSE, report
@@ -28,9 +29,52 @@ def measured(cores: int, compute: float, serial: float, gigabytes: float = 0.001
 @settings(deadline=None)
 def test_amdahls_law_is_recovered(compute: float, serial: float, cores: list[int]) -> None:
     counts = np.array(cores)
-    assert fit_amdahl(counts, compute / counts + serial) == pytest.approx(
-        (compute, serial), rel=1e-6, abs=1e-6
-    )
+    found = fit_parts(counts, compute / counts + serial, np.zeros(len(cores)))
+    assert found == pytest.approx((compute, serial), rel=1e-6, abs=1e-6)
+
+
+@given(
+    st.floats(1, 500),
+    st.floats(0, 20),
+    st.lists(st.integers(1, 32), min_size=2, max_size=5, unique=True),
+    st.floats(0.01, 600),
+)
+@settings(deadline=None)
+def test_waiting_for_memory_is_no_serial_part(
+    compute: float, serial: float, cores: list[int], memory: float
+) -> None:
+    counts = np.array(sorted(cores))
+    waits = np.full(len(cores), memory)
+    times = np.maximum(compute / counts, waits) + serial
+    found_compute, found_serial = fit_parts(counts, times, waits)
+    fitted = np.maximum(found_compute / counts, waits) + found_serial
+    assert fitted == pytest.approx(times, rel=1e-6, abs=1e-6)
+    # Where cores are the limit anywhere and memory elsewhere, or nowhere, the parts are known.
+    if memory >= compute / counts[0] or (memory <= compute / counts[-1] and len(cores) > 1):
+        assert found_serial == pytest.approx(serial, rel=1e-5, abs=1e-5)
+    assert found_compute <= max(compute, counts[0] * memory) * (1 + 1e-6)
+
+
+def test_a_dense_model_that_waits_for_memory_gains_what_more_memory_gives() -> None:
+    # 4.1 GB in fp32 where one core reads 9.6 GB/s and two together 17.
+    one = report({DENSE: np.full((3, 7), 427.0)}, 4.1, cores=1, memory_bandwidth_gbps=9.6)
+    two = report({DENSE: np.full((3, 7), 241.0)}, 4.1, cores=2, memory_bandwidth_gbps=17.0)
+    (run,) = project_reports([one, two], describe_target("xeon-6248r", None, None, None)).runs
+    assert run.serial_ms == pytest.approx(0, abs=0.2)
+    assert run.projected_ms == pytest.approx(4.1 / 0.1126, rel=0.01)
+
+
+def test_a_projection_takes_the_place_of_no_measurement(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    path.write_text(to_json(measured(1, 100, 0)))
+    before = path.read_bytes()
+    with pytest.raises(UserError, match="is no projection and would be replaced"):
+        project([path], machine="xeon-6248r", output=path)
+    with pytest.raises(UserError, match=r"ends in \.json"):
+        project([path], machine="xeon-6248r", output=tmp_path / "projection.md")
+    assert path.read_bytes() == before
+    for _ in range(2):
+        project([path], machine="xeon-6248r", output=tmp_path / "projection.json")
 
 
 def test_two_cores_from_one_are_what_two_cores_measure() -> None:
