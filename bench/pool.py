@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,6 +16,8 @@ from .statistics import is_stable
 from .worker import EngineWorker, WorkerError
 
 WARM_UPS = 8
+# A large model fills a deep cache anew for minutes each time; by then the processor is warm, whatever varies.
+LONG_WARM_UP_S = 120.0
 
 
 class Pool:
@@ -75,16 +78,21 @@ class Pool:
             worker.close()
 
     def warm_up(self, outcome: Outcome, worker: EngineWorker) -> None:
-        """Generate untimed until the time per token has settled."""
+        """Generate untimed until the time per token has settled, twice at least, and no longer than some
+        minutes."""
         if outcome.candidate.name in self._warm:
             return
         medians: list[float] = []
-        while not is_stable(medians) and len(medians) < WARM_UPS:
+        began = time.monotonic()
+        while len(medians) < 2 or not self._warmed_up(medians, time.monotonic() - began):
             generation = worker.generate(self.workload.ids, self.workload.new_tokens)
             medians.append(float(np.median(generation.samples_ms)))
         outcome.warm_ups = max(outcome.warm_ups, len(medians))
         outcome.settled = outcome.settled and is_stable(medians)
         self._warm.add(outcome.candidate.name)
+
+    def _warmed_up(self, medians: list[float], seconds: float) -> bool:
+        return is_stable(medians) or len(medians) >= WARM_UPS or seconds >= LONG_WARM_UP_S
 
 
 def load(outcome: Outcome, workload: Workload, context: int) -> EngineWorker:
