@@ -29,14 +29,21 @@ class Variant:
     block_size: int = 32
     keep_fp32: str = "none"
     activations: str = "dynamic"
+    smooth: bool = True
+
+    @property
+    def in_blocks(self) -> bool:
+        return self.engine == "onnxruntime" and self.precision != "fp32"
 
     @property
     def title(self) -> str:
         parts = [self.precision]
         if self.precision != "fp32":
-            parts += [self.rounding] + ([f"block {self.block_size}"] if self.engine == "onnxruntime" else [])
+            parts += [self.rounding] + ([f"block {self.block_size}"] if self.in_blocks else [])
         if self.activations != "dynamic":
             parts.append(f"{self.activations} activations")
+        if not self.smooth:
+            parts.append("not smoothed")
         return ", ".join(parts + ([f"fp32 kept: {self.keep_fp32}"] if self.keep_fp32 != "none" else []))
 
 
@@ -54,6 +61,7 @@ VARIANTS = (
     Variant("onnxruntime", "int4", "nearest"),
     Variant("onnxruntime", "int4"),
     Variant("deepsparse", "int8", "nearest"),
+    Variant("deepsparse", "int8", "nearest", smooth=False),
     Variant("deepsparse", "int8", "nearest", activations="static"),
     Variant("deepsparse", "int4", "nearest"),
     Variant("deepsparse", "int4"),
@@ -80,8 +88,11 @@ class Result:
 def run(artifact: Path, variant: Variant, options: argparse.Namespace) -> Result:
     command = [DLP_DEPLOY, "export", str(artifact), "--quant", variant.precision, "--baseline", "none"]
     command += ["--target", variant.engine, "--rounding", variant.rounding, "--force"]
-    command += ["--block-size", str(variant.block_size), "--keep-fp32", variant.keep_fp32]
-    command += ["--activations", variant.activations]
+    command += ["--activations", variant.activations, "--keep-fp32", variant.keep_fp32]
+    if not variant.smooth:
+        command.append("--no-smooth")
+    if variant.in_blocks:
+        command += ["--block-size", str(variant.block_size)]
     seconds, peak = 0.0, 0
     try:
         if variant != PRUNED:

@@ -168,8 +168,10 @@ class Export(_Stored):
     `sparsity` is the share of zeros counted in the exported block weights; it exceeds that of the
     masks by `rounded_to_zero`, the share of kept weights that quantization made zero. `rounding` is
     "gptq" or "nearest", None in fp32; `block_size` the inputs that share a scale, None for all;
-    `kept_fp32` the layers that were not quantized. `activations` says whether those in int8 have a scale
-    per token, dynamic, or per layer, static; None where none are. `calibration` is the text that any of
+    `keep_fp32` what was asked not to be quantized ("auto": by measurement), and `kept_fp32` the layers that
+    were not. `activations` says whether those in int8 have a scale
+    per token, dynamic, or per layer, static, and `smoothed` whether their outliers
+    were moved into the weights; None where none are in int8. `calibration` is the text that any of
     this was measured on; None where nothing was, and in graphs of releases that did not record it.
     """
 
@@ -183,8 +185,10 @@ class Export(_Stored):
     opset: int | None = None
     rounding: str | None = None
     block_size: int | None = None
+    keep_fp32: str = "none"
     kept_fp32: tuple[str, ...] = ()
     activations: Activations | None = None
+    smoothed: bool | None = None
     calibration: CalibrationRecord | None = None
     checks: tuple[OutputCheck, ...] = ()
     notes: tuple[str, ...] = ()

@@ -40,13 +40,14 @@ from .options import (
     Rounding,
     Samples,
     Seed,
+    Smooth,
     Sparsity,
     Statistic,
     Targets,
 )
 from .recipes.cli import app as recipe_app
-
 from .termination import termination_as_interrupt
+
 # As a shell says it: 128 and the number of SIGINT.
 INTERRUPTED = 130
 RESUMABLE = ("prune", "prune-export", "finetune")
@@ -83,10 +84,11 @@ def prune_export_command(
     seqlen: Length = 2048,
     target: Targets = "deepsparse,onnxruntime",
     baseline: Baseline = "fp32,int8,int4",
-    rounding: Rounding = "gptq",
+    rounding: Rounding = "auto",
     block_size: BlockSize = None,
     keep_fp32: KeepFp32 = "none",
     activations: Activations = "dynamic",
+    smooth: Smooth = True,
     output: Output = None,
     seed: Seed = 0,
     device: Device = "auto",
@@ -143,10 +145,11 @@ def export(
     quant: Quant = "int8",
     target: Targets = "deepsparse,onnxruntime",
     baseline: Baseline = "fp32,int8,int4",
-    rounding: Rounding = "gptq",
+    rounding: Rounding = "auto",
     block_size: BlockSize = None,
     keep_fp32: KeepFp32 = "none",
     activations: Activations = "dynamic",
+    smooth: Smooth = True,
     calib: QuantizationText = None,
     force: Force = False,
 ) -> None:

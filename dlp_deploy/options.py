@@ -78,7 +78,10 @@ Baseline = Annotated[
 ]
 Rounding = Annotated[
     str,
-    typer.Option(help="How weights are quantized: gptq (chosen on text, more accurate) or nearest (faster)."),
+    typer.Option(
+        help="How weights are quantized: gptq (chosen on text, more accurate), nearest (faster), or auto: "
+        "gptq at 4 bits and nearest at 8."
+    ),
 ]
 BlockSize = Annotated[
     int | None,
@@ -99,5 +102,13 @@ Activations = Annotated[
     typer.Option(
         help="Scales of int8 activations in DeepSparse: dynamic (one per token, more accurate) or static "
         "(one per layer input, measured on text)."
+    ),
+]
+Smooth = Annotated[
+    bool,
+    typer.Option(
+        "--smooth/--no-smooth",
+        help="Move outliers of DeepSparse's int8 activations into the weights (SmoothQuant); this takes a "
+        "pass over a text.",
     ),
 ]

@@ -21,10 +21,11 @@ def prune_export(
     seqlen: int = 2048,
     target: str = "deepsparse,onnxruntime",
     baseline: str = "fp32,int8,int4",
-    rounding: str = "gptq",
+    rounding: str = "auto",
     block_size: int | None = None,
     keep_fp32: str = "none",
     activations: str = "dynamic",
+    smooth: bool = True,
     output: str | Path | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -38,7 +39,7 @@ def prune_export(
     last finished block or graph. Text `calib` is what is pruned on and what is quantized on. Raises
     UserError for what the user can mend.
     """
-    graphs = plan_graphs(quant, target, baseline, rounding, block_size, keep_fp32, activations)
+    graphs = plan_graphs(quant, target, baseline, rounding, block_size, keep_fp32, activations, smooth)
     require_engines(graphs)
     # Imported here: a wrong precision must not cost the import of torch to be told.
     from .export.add import add_graphs, text_for

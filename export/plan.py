@@ -13,7 +13,7 @@ from ..bench.environments import interpreter
 from ..errors import UserError
 from .grid import Grid
 
-Rounding = Literal["gptq", "nearest"]
+Rounding = Literal["auto", "gptq", "nearest"]
 # A fine block of MatMulNBits, which is accurate, and its fastest: what is compared with must be at its best.
 BLOCK_SIZE, BASELINE_BLOCK_SIZE = 32, 128
 BLOCK_SIZES = (16, 32, 64, 128, 256)
@@ -31,12 +31,14 @@ class Graph:
     precision: Precision
     dense: bool
     folder: str
-    rounding: Rounding = "gptq"
+    rounding: Rounding = "auto"
     block_size: int = BLOCK_SIZE
     # Layers that stay fp32: "none", "auto" (by measurement), or patterns of names.
     keep_fp32: str = "none"
     # What sets the scale of int8 activations: each token, or a text, once for all.
     activations: Activations = "dynamic"
+    # Whether outliers of int8 activations are moved into the weights first.
+    smooth: bool = True
 
     @property
     def grid(self) -> Grid | None:
@@ -53,20 +55,29 @@ class Graph:
         return Grid(8) if self.int8_inputs else self.grid
 
     @property
+    def in_blocks(self) -> bool:
+        """Whether so many inputs as `block_size` says share a scale."""
+        return self.engine == "onnxruntime" and self.precision != "fp32"
+
+    @property
     def int8_inputs(self) -> bool:
         """Whether linear layers read int8 activations, which smoothing is for."""
         return self.engine == "deepsparse" and self.precision != "fp32"
 
     @property
     def calibrated(self) -> bool:
-        """Whether rounding is chosen on text. 8 bits per block lose nothing to regain."""
-        return self.rounding == "gptq" and (self.int8_inputs or self.precision == "int4")
+        """Whether rounding is chosen on text. 8 bits per block lose nothing to regain; with one scale per
+        channel they lose too little, unless told, for what is the longest part of a large model's export."""
+        if self.precision == "int4":
+            return self.rounding != "nearest"
+        return self.rounding == "gptq" and self.int8_inputs
 
     @property
     def reads_text(self) -> bool:
         """Whether anything is measured on text: rounding, smoothing and scales, or which layers stay fp32."""
+        measured_inputs = self.int8_inputs and (self.smooth or self.activations == "static")
         quantized = self.grid is not None
-        return quantized and (self.calibrated or self.int8_inputs or self.keep_fp32 == "auto")
+        return quantized and (self.calibrated or measured_inputs or self.keep_fp32 == "auto")
 
     @property
     def label(self) -> str:
@@ -106,10 +117,11 @@ def plan_graphs(
     quant: str,
     target: str,
     baseline: str,
-    rounding: str = "gptq",
+    rounding: str = "auto",
     block_size: int | None = None,
     keep_fp32: str = "none",
     activations: str = "dynamic",
+    smooth: bool = True,
 ) -> tuple[Graph, ...]:
     """Sparse graphs for each target in each precision, then dense baselines.
 
@@ -130,7 +142,7 @@ def plan_graphs(
         raise UserError(
             "--quant and --target each need at least one name; e.g. --quant int8 --target deepsparse"
         )
-    checked: Any = {"rounding": rounding, "activations": activations}
+    checked: Any = {"rounding": rounding, "activations": activations, "smooth": smooth}
     make: Callable[..., Graph] = partial(Graph, **checked)
     own, dense_block = block_size or BLOCK_SIZE, block_size or BASELINE_BLOCK_SIZE
     sparse = [
@@ -145,19 +157,27 @@ def plan_graphs(
         for engine in engines
         for precision in precisions
     ]
-    if activations == "static" and not any(graph.int8_inputs for graph in sparse):
+    for option, given in (("--activations static", activations == "static"), ("--no-smooth", not smooth)):
+        if given and not any(graph.int8_inputs for graph in sparse):
+            raise UserError(
+                f"{option} means nothing for --target {target} --quant {quant}: "
+                "only DeepSparse's int8 and int4 graphs scale activations themselves"
+            )
+    if keep_fp32 != "none" and not any(graph.grid for graph in sparse):
         raise UserError(
-            f"--activations static means nothing for --target {target} --quant {quant}: "
-            "only DeepSparse's int8 and int4 graphs scale activations themselves"
+            "--keep-fp32 is for quantized sparse graphs, of which there is none; "
+            "dense baselines are quantized whole"
         )
-    if keep_fp32 != "none" and not sparse:
-        raise UserError("--keep-fp32 is for sparse graphs; dense baselines are quantized whole")
     dense = [
         make(*baseline_of(name), True, f"baseline/{name}", block_size=dense_block)
         for name in split_baselines(baseline)
     ]
     if not sparse and not dense:
         raise UserError("--target none and --baseline none leave nothing to export")
+    if block_size and not any(graph.in_blocks for graph in (*sparse, *dense)):
+        raise UserError(
+            f"--block-size {block_size} is for ONNX Runtime's int8 and int4 graphs, of which there is none"
+        )
     return (*sparse, *dense)
 
 

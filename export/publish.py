@@ -58,7 +58,7 @@ class Source:
     files: ModelFiles
     text: TokenWindows | None
     # By the share of an outlier that they move.
-    smoothings: dict[float, Smoothing] = field(default_factory=dict)
+    smoothings: dict[float | None, Smoothing] = field(default_factory=dict)
 
     @cached_property
     def reference(self) -> Reference:
@@ -77,6 +77,7 @@ class Source:
 
     def smoothing(self, graph: Graph) -> Smoothing:
         migration = STATIC_MIGRATION if graph.activations == "static" else MIGRATION
+        migration = migration if graph.smooth else None
         if migration not in self.smoothings:
             checkpoint = open_checkpoint(self.files)
             self.smoothings[migration] = measure_smoothing(self.files, checkpoint, self.ids, migration)
@@ -84,7 +85,7 @@ class Source:
 
     def checkpoint(self, graph: Graph) -> Checkpoint:
         checkpoint = open_checkpoint(self.files)
-        if not graph.int8_inputs:
+        if not (graph.int8_inputs and graph.smooth):
             return checkpoint
         decoder = decoder_of(load_config(self.files))
         return smoothed_checkpoint(checkpoint, decoder, self.smoothing(graph))
@@ -206,7 +207,7 @@ def _write_and_verify(folder: Path, checkpoint: Path, source: Source, graph: Gra
         check_structure(written.model, graph.engine)
     engines, notes = _checking_engines(graph, written.weight_bytes)
     checks = _check_outputs(folder, written.model, source.reference, graph, engines)
-    rounding, block_size, activations = _quantization(graph)
+    rounding, block_size, activations, smoothed = _quantization(graph)
     return Export(
         path=graph.folder,
         engine=graph.engine,
@@ -218,28 +219,35 @@ def _write_and_verify(folder: Path, checkpoint: Path, source: Source, graph: Gra
         opset=written.opset,
         rounding=rounding,
         block_size=block_size,
+        keep_fp32=graph.keep_fp32 if graph.grid else "none",
         kept_fp32=kept,
         activations=activations,
+        smoothed=smoothed,
         calibration=calibration_record(source.text) if source.text and graph.reads_text else None,
         checks=checks,
         notes=(*written.notes, *notes),
     )
 
 
-def _quantization(graph: Graph) -> tuple[str | None, int | None, Activations | None]:
-    """What the manifest says of the rounding, how many inputs share a scale, and of int8 activations."""
+def _quantization(graph: Graph) -> tuple[str | None, int | None, Activations | None, bool | None]:
+    """What the manifest says of the rounding, how many inputs share a scale, and of int8 activations: what
+    sets their scales, and whether they are smoothed."""
     if graph.grid is None:
-        return None, None, None
+        return None, None, None, None
     rounding = "gptq" if graph.calibrated else "nearest"
-    return rounding, graph.grid.block, graph.activations if graph.int8_inputs else None
+    inputs = (graph.activations, graph.smooth) if graph.int8_inputs else (None, None)
+    return rounding, graph.grid.block, *inputs
 
 
 def _is_export_of(export: Export, graph: Graph, decoder: Outline) -> bool:
-    found = (export.engine, export.precision, export.dense)
-    quantization = (export.rounding, export.block_size, export.activations)
+    rounding, block_size, activations, smoothed = _quantization(graph)
     return (
-        found == (graph.engine, graph.precision, graph.dense)
-        and quantization == _quantization(graph)
+        (export.engine, export.precision, export.dense) == (graph.engine, graph.precision, graph.dense)
+        # What is left to us is right either way: older releases always chose on text.
+        and (graph.rounding == "auto" or export.rounding == rounding)
+        and (export.block_size, export.activations) == (block_size, activations)
+        # Older releases smoothed always, and did not say so.
+        and (export.smoothed is False) == (smoothed is False)
         and _keeps_as_asked(export, graph, decoder)
     )
 
@@ -256,7 +264,7 @@ def _keeps_as_asked(export: Export, graph: Graph, decoder: Outline) -> bool:
     if graph.grid is None or graph.keep_fp32 == "none":
         return not export.kept_fp32
     if graph.keep_fp32 == "auto":
-        return bool(export.kept_fp32)
+        return export.keep_fp32 == "auto" or bool(export.kept_fp32)
     return set(export.kept_fp32) == set(named_layers(graph.keep_fp32, decoder.linear_groups()))
 
 

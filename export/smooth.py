@@ -38,13 +38,13 @@ class Smoothing:
     """Float32 factors by module: `columns` [in] multiply the inputs that a linear layer's weight expects,
     `rows` [out] divide what a linear layer puts out, `norms` [hidden] what a norm puts out. `input_scales`
     are the int8 scales that hold all that entered each linear layer, once it is smoothed; `migration` is the
-    share of an outlier that moved into the weights."""
+    share of an outlier that moved into the weights, None where none did."""
 
     columns: dict[str, np.ndarray] = field(default_factory=dict)
     rows: dict[str, np.ndarray] = field(default_factory=dict)
     norms: dict[str, np.ndarray] = field(default_factory=dict)
     input_scales: dict[str, float] = field(default_factory=dict)
-    migration: float = MIGRATION
+    migration: float | None = MIGRATION
 
 
 def smoothed_checkpoint(checkpoint: Checkpoint, decoder: Decoder, smoothing: Smoothing) -> Checkpoint:
@@ -83,9 +83,10 @@ def _smoothed(name: str, stored: StoredTensor, decoder: Decoder, smoothing: Smoo
 
 
 def measure_smoothing(
-    files: ModelFiles, checkpoint: Checkpoint, ids: torch.Tensor, migration: float = MIGRATION
+    files: ModelFiles, checkpoint: Checkpoint, ids: torch.Tensor, migration: float | None = MIGRATION
 ) -> Smoothing:
-    """Factors for a checkpoint, from a pass over `ids`, int64 [windows, length]."""
+    """Factors for a checkpoint, from a pass over `ids`, int64 [windows, length]. Without `migration` they are
+    all 1, and only the scales of the inputs are of use."""
     model = BlockModel(files, checkpoint)
     decoder = decoder_of(model.config)
     smoothing = Smoothing(migration=migration)
@@ -135,8 +136,11 @@ def _input_peaks(block: Block) -> Iterator[dict[str, np.ndarray]]:
             handle.remove()
 
 
-def smoothing_factors(input_peak: np.ndarray, weight_peak: np.ndarray, migration: float) -> np.ndarray:
-    """s_j = max|x_j|^a / max|w_j|^(1 - a), section 4; 1 where a channel is all zeros. float32 [in]."""
+def smoothing_factors(input_peak: np.ndarray, weight_peak: np.ndarray, migration: float | None) -> np.ndarray:
+    """s_j = max|x_j|^a / max|w_j|^(1 - a), section 4; 1 where a channel is all zeros, and without a migration
+    a. float32 [in]."""
+    if migration is None:
+        return np.ones(len(input_peak), np.float32)
     usable = (input_peak > 0) & (weight_peak > 0)
     x, w = np.where(usable, input_peak, 1.0), np.where(usable, weight_peak, 1.0)
     return (x**migration / w ** (1 - migration)).astype(np.float32)

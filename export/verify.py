@@ -115,19 +115,26 @@ def _gguf_zeros(
 def _onnx_zeros(
     model: Path, weights: Weights, _decoder: Outline, expected: frozenset[str]
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    for tensor in onnx.load(str(model), load_external_data=False).graph.initializer:
+    graph = onnx.load(str(model), load_external_data=False).graph
+    bits = {
+        node.input[1]: next(entry.i for entry in node.attribute if entry.name == "bits")
+        for node in graph.node
+        if node.op_type == "MatMulNBits"
+    }
+    for tensor in graph.initializer:
         layers = layers_of(tensor.name.removesuffix(".weight"))
         if tensor.name.endswith(".weight") and expected.issuperset(layers):
-            yield from _zeros_of_layers(_stored(tensor, model.parent), weights, layers)
+            stored = _stored(tensor, model.parent)
+            yield from _zeros_of_layers(stored, bits.get(tensor.name), weights, layers)
 
 
 def _zeros_of_layers(
-    stored: np.ndarray, weights: Weights, layers: Sequence[str]
+    stored: np.ndarray, bits: int | None, weights: Weights, layers: Sequence[str]
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """Layer by layer of those stored as one: the zeros of the graph and of the checkpoint, [out, in]."""
     sources = [weights.zeros(layer) for layer in layers]
     rows, inputs = sum(len(source) for source in sources), sources[0].shape[1]
-    graph_zero = _zeros(stored, (rows, inputs))
+    graph_zero = _zeros(stored, bits, (rows, inputs))
     ends = np.cumsum([len(source) for source in sources])
     yield from zip(layers, np.split(graph_zero, ends[:-1]), sources, strict=True)
 
@@ -142,16 +149,16 @@ def _stored(tensor: onnx.TensorProto, folder: Path) -> np.ndarray:
     return np.fromfile(folder / DATA_FILE, dtype, count, offset=start).reshape(tuple(tensor.dims))
 
 
-def _zeros(stored: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Which weights [out, in] are zero, for MatMul [in, out] or packed MatMulNBits [out, blocks, bytes]."""
-    if stored.ndim == 2:
+def _zeros(stored: np.ndarray, bits: int | None, shape: tuple[int, int]) -> np.ndarray:
+    """Which weights [out, in] are zero, for MatMul [in, out], or for MatMulNBits of so many bits, packed
+    [out, blocks, bytes]."""
+    if bits is None:
         return stored.T == 0
     out, inputs = shape
     levels = stored.reshape(out, -1)
-    if levels.shape[1] >= inputs:
-        return levels[:, :inputs] == 128
-    nibbles = np.stack((levels & 15, levels >> 4), axis=-1).reshape(out, -1)
-    return nibbles[:, :inputs] == 8
+    if bits == 4:
+        levels = np.stack((levels & 15, levels >> 4), axis=-1).reshape(out, -1)
+    return levels[:, :inputs] == 1 << (bits - 1)
 
 
 def compare_logits(engine: str, against: str, logits: np.ndarray, expected: np.ndarray) -> OutputCheck:

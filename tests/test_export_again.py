@@ -180,6 +180,24 @@ def test_a_graph_made_in_another_way_is_replaced_by_force_alone(
     assert made.kept_fp32 == (("lm_head",) if "keep_fp32" in options else ())
 
 
+def test_a_measurement_that_kept_nothing_is_not_repeated(artifact: Path) -> None:
+    export(artifact, "int8", **PLAIN, keep_fp32="auto", force=True)
+    (made,) = (made for made in exports(artifact) if made.precision == "int8")
+    assert (made.keep_fp32, made.kept_fp32) == ("auto", ())
+    before = written(artifact)
+    export(artifact, "int8,int4", **PLAIN, keep_fp32="auto")
+    assert before.items() <= written(artifact).items()
+
+
+def test_how_a_graph_was_rounded_is_asked_where_the_caller_says_how(artifact: Path) -> None:
+    export(artifact, "int4", **PLAIN)
+    before = written(artifact)
+    with pytest.raises(UserError, match=r"onnxruntime-int4 exists; add --force"):
+        export(artifact, "int4", "onnxruntime", "fp32", rounding="gptq")
+    export(artifact, "int4", "onnxruntime", "fp32", rounding="auto")
+    assert before.items() <= written(artifact).items()
+
+
 def test_a_further_precision_needs_no_force_and_takes_no_folder(artifact: Path) -> None:
     before = written(artifact)
     export(artifact, "int4", **PLAIN)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -215,6 +217,16 @@ def test_dense_baselines_have_the_fastest_blocks_unless_told() -> None:
     ]
 
 
+def test_rounding_is_chosen_on_text_at_4_bits_unless_told() -> None:
+    def chosen_on_text(**options: Any) -> list[str]:
+        graphs = plan_graphs("int8,int4", "deepsparse,onnxruntime", "none", **options)
+        return [graph.folder for graph in graphs if graph.calibrated]
+
+    assert chosen_on_text() == ["deepsparse-int4", "onnxruntime-int4"]
+    assert chosen_on_text(rounding="gptq") == ["deepsparse", "deepsparse-int4", "onnxruntime-int4"]
+    assert chosen_on_text(rounding="nearest") == []
+
+
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 @pytest.mark.parametrize("block_size", [16, 64, 128, 256])
 def test_the_block_size_asked_for_is_in_the_graph_which_is_verified(
@@ -240,6 +252,25 @@ def test_the_block_size_asked_for_is_in_the_graph_which_is_verified(
         assert np.prod(scales[node.input[2]].dims) == asked["N"] * asked["K"] // block_size
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_onnxruntime_runs_norms_and_attention_as_one_operator_each(
+    kind: str, tmp_path: Path, tiny_checkpoint: Callable[[str], Path]
+) -> None:
+    model = exported(tmp_path, tiny_checkpoint(kind), "onnxruntime", "int4")
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+    nodes = onnx.load(str(tmp_path / "optimized.onnx"), load_external_data=False).graph.node
+    found = Counter(node.op_type for node in nodes)
+    blocks = load_config(resolve_model(str(tiny_checkpoint(kind)))).num_hidden_layers
+    assert found["GroupQueryAttention"] == blocks
+    # The first norm, and those of heads; the others come behind a sum.
+    single = {"llama": 1, "qwen3": 1 + 2 * blocks}[kind]
+    assert found["SkipSimplifiedLayerNormalization"] == 2 * blocks
+    assert found["SimplifiedLayerNormalization"] == single
+    assert not found.keys() & {"ReduceMean", "Sqrt", "Pow"}
+
+
 def test_a_tied_head_is_stored_once_in_fp32_for_onnxruntime(
     tmp_path: Path, tiny_checkpoint: Callable[[str], Path]
 ) -> None:
@@ -256,5 +287,29 @@ def test_a_tied_head_is_stored_once_in_fp32_for_onnxruntime(
 def test_layers_are_kept_in_sparse_graphs_only() -> None:
     graphs = plan_graphs("int4", "onnxruntime", "int4", keep_fp32="lm_head")
     assert [(graph.dense, graph.keep_fp32) for graph in graphs] == [(False, "lm_head"), (True, "none")]
-    with pytest.raises(UserError, match="--keep-fp32 is for sparse graphs"):
-        plan_graphs("int4", "none", "int4", keep_fp32="lm_head")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        (("int4", "none", "int4"), {"keep_fp32": "lm_head"}, "--keep-fp32 is for quantized"),
+        (("fp32", "onnxruntime", "int4"), {"keep_fp32": "auto"}, "--keep-fp32 is for quantized"),
+        (("int8", "deepsparse", "fp32"), {"block_size": 64}, "--block-size 64 is for ONNX Runtime's int8"),
+    ],
+)
+def test_options_that_mean_nothing_to_any_graph_are_refused(
+    arguments: tuple[str, str, str], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        plan_graphs(*arguments, **options)
+
+
+def test_layers_narrower_than_a_block_are_read_by_their_bits(
+    tmp_path: Path, tiny_checkpoint: Callable[[str], Path]
+) -> None:
+    """Their packed 4 bit rows have as many bytes as the layers have inputs."""
+    artifact = pruned(tiny_checkpoint("llama"), tmp_path / "artifact")
+    export(artifact, "int4", "onnxruntime", "none", rounding="nearest", block_size=256)
+    manifest = read_manifest(artifact)
+    (made,) = manifest.exports
+    assert made.sparsity - made.rounded_to_zero == pytest.approx(manifest.pruning.sparsity)

@@ -6,19 +6,27 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import numpy_helper
 from transformers import AutoModelForCausalLM
 
+from dlp_deploy.artifact import CHECKPOINT, read_manifest
+from dlp_deploy.bench.environments import install
 from dlp_deploy.checkpoint import open_checkpoint
+from dlp_deploy.errors import UserError
+from dlp_deploy.export import export
 from dlp_deploy.export.calibrated import quantization_text
 from dlp_deploy.export.decoder import Weights
 from dlp_deploy.export.grid import Grid
+from dlp_deploy.export.plan import plan_graphs
 from dlp_deploy.export.quantize import quantize
 from dlp_deploy.export.smooth import measure_smoothing, smoothed_checkpoint
-from dlp_deploy.families import decoder_of
+from dlp_deploy.families import Decoder, decoder_of
 from dlp_deploy.models import ModelFiles, load_config, resolve_model
 
+from .artifacts import pruned
 from .tiny_models import TINY_CONFIGS, torch_model
 
 IDS = torch.arange(40)[None] * 11 % 500
@@ -95,3 +103,44 @@ def test_outlier_channels_cost_less_when_smoothed(llama_folder: Path) -> None:
     plain = int8_error(llama_folder, Weights(checkpoint, decoder), expected)
     eased = int8_error(llama_folder, smoothed_weights(files), expected)
     assert eased < 0.8 * plain
+
+
+@pytest.mark.parametrize("activations", ["dynamic", "static"])
+def test_smoothing_can_be_left_out(
+    activations: str, tmp_path: Path, tiny_checkpoint: Callable[[str], Path]
+) -> None:
+    install("deepsparse")
+    artifact = pruned(tiny_checkpoint("llama-tied"), tmp_path / "artifact")
+    options = {"target": "deepsparse", "baseline": "none", "activations": activations}
+    export(artifact, "int8", smooth=False, **options)
+    (rough,) = read_manifest(artifact).exports
+    assert rough.smoothed is False
+    # Nothing else of it is measured on text.
+    assert (rough.calibration is None) == (activations == "dynamic")
+    with pytest.raises(UserError, match="add --force"):
+        export(artifact, "int8", **options)
+    stored = {layer: int8_weights(artifact, layer) for layer in ("lm_head", "model.layers.1.mlp.down_proj")}
+    for layer, levels in stored.items():
+        weight = Weights(open_checkpoint(resolve_model(str(artifact / CHECKPOINT))), described(artifact))
+        expected = quantize(weight.linear(layer), Grid(8)).levels
+        np.testing.assert_array_equal(levels, expected)
+    export(artifact, "int8", force=True, **options)
+    (smooth,) = read_manifest(artifact).exports
+    assert smooth.smoothed is True
+    assert (int8_weights(artifact, "lm_head") != stored["lm_head"]).any()
+
+
+def described(artifact: Path) -> Decoder:
+    return decoder_of(load_config(resolve_model(str(artifact / CHECKPOINT))))
+
+
+def int8_weights(artifact: Path, layer: str) -> np.ndarray:
+    """Levels int8 [out, in] of a layer of the DeepSparse graph."""
+    graph = onnx.load(str(artifact / "deepsparse" / "model.onnx")).graph
+    (tensor,) = (entry for entry in graph.initializer if entry.name == f"{layer}.weight")
+    return numpy_helper.to_array(tensor).T
+
+
+def test_leaving_it_out_where_there_is_none_is_refused() -> None:
+    with pytest.raises(UserError, match="--no-smooth means nothing for --target onnxruntime"):
+        plan_graphs("int8", "onnxruntime", "none", smooth=False)
