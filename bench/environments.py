@@ -253,8 +253,9 @@ def _pip(engine: Engine, python: Path, arguments: list[str], total: int) -> None
         assert pip.stdout is not None
         try:
             for line in pip.stdout:
-                if line.startswith(("Collecting ", "Ignoring ")):
-                    advance(note=line.split()[1].rstrip(":"))
+                # "Processing" is what pip says of wheels in a folder.
+                if line.startswith(("Collecting ", "Processing ", "Ignoring ")):
+                    advance(note=line.split()[1].rstrip(":").rpartition("/")[2])
                 elif line.startswith("ERROR:"):
                     errors.append(line.removeprefix("ERROR:").strip())
         except BaseException:
