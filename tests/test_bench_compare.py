@@ -102,14 +102,14 @@ def with_fields(stored: Report, **changes: Any) -> Report:
 
 def test_times_of_unlike_work_are_named_before_any_verdict() -> None:
     before = report({SPARSE: noisy(10, 1)})
-    after = with_fields(report({SPARSE: noisy(12, 2)}), context=512, filled_tokens=400)
+    after = with_fields(report({SPARSE: noisy(12, 2)}), context=1024, filled_tokens=400)
     changes = compare_reports(before, after)
     assert [(found.name, found.before, found.after) for found in changes.work] == [
-        (f"{SPARSE}: context", 64, 512)
+        (f"{SPARSE}: context", 512, 1024)
     ]
     text = to_markdown(changes)
     assert text.startswith("Runs of the same name were not given the same work")
-    assert f"| {SPARSE}: context | 64 | 512 |" in text
+    assert f"| {SPARSE}: context | 512 | 1024 |" in text
     assert to_markdown(compare_reports(before, before)).startswith("## Speed-ups")
 
 
