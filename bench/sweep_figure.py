@@ -61,7 +61,7 @@ def _caption(points: Sequence[Point]) -> str:
         "from the fastest to the slowest round on the left, 95% interval over rounds on the right."
     )
     if any(run.extrapolated_from for point in points for run in point.report.runs):
-        text += "\nHollow markers and dotted lines: extrapolated to all blocks, not measured."
+        text += "\nHollow markers and dotted lines: extrapolated to all blocks, not measured; of a speed-up, either side."
     return text
 
 
@@ -83,9 +83,8 @@ def _of_rounds(run: Run) -> tuple[float, float, float]:
 
 def _draw_speedup(axes: Axes, points: Sequence[Point]) -> None:
     baseline = _reference(points)
-    origins = _origin([run for _, run in _timed(points, baseline)])
-    axes.set_title(f"Speed-up over {baseline or 'dense'}{origins}", fontsize=10, loc="left")
-    axes.axhline(1, color=INK, linewidth=0.8)
+    axes.set_title(f"Speed-up over {baseline or 'dense'}", fontsize=10, loc="left")
+    _draw_dense(axes, baseline or "dense", _timed(points, baseline), [1.0])
     for quant, series in _series(points):
         runs, ratios = _compared(series, baseline)
         _draw_series(axes, quant, runs, [_with_interval(ratio) for ratio in ratios], baseline)

@@ -97,12 +97,12 @@ def _dense_table(points: Sequence[Point]) -> str:
 
 def _extrapolation_note(points: Sequence[Point]) -> str:
     """Which blocks were measured, for the models that were not measured whole."""
-    found = [f"{kind} {text}" for kind, text in _said(points, lambda run: [origin(run)])]
+    found = [f"{kind} is {text}" for kind, text in _said(points, lambda run: [origin(run)])]
     if not found:
         return ""
     return (
-        f"\\* Extrapolated to the whole model: {'; '.join(found)}, of the same rounds. "
-        "Time = fixed part + blocks x time per block. Where so few blocks fit into the caches and the whole "
+        f"\\* Not measured whole: {'; '.join(found)}; the runs are of the same rounds. Time = "
+        "fixed part + blocks x time per block. Where so few blocks fit into the caches and the whole "
         "model does not, this is too fast."
     )
 
@@ -117,7 +117,7 @@ def _graphs_section(points: Sequence[Point]) -> str:
 def _said(points: Sequence[Point], of: Callable[[Run], Sequence[str]]) -> list[tuple[str, str]]:
     """What the runs of each kind say, once: sparse ones of all sparsities are of a kind."""
     runs = [run for point in points for run in point.report.runs]
-    kinds = [(run.name if run.dense else f"{run.engine}-{run.precision}, sparse", run) for run in runs]
+    kinds = [(run.name if run.dense else f"sparse {run.engine}-{run.precision}", run) for run in runs]
     return list(dict.fromkeys((kind, text) for kind, run in kinds for text in of(run) if text))
 
 
