@@ -61,7 +61,10 @@ def _caption(points: Sequence[Point]) -> str:
         "from the fastest to the slowest round on the left, 95% interval over rounds on the right."
     )
     if any(run.extrapolated_from for point in points for run in point.report.runs):
-        text += "\nHollow markers and dotted lines: extrapolated to all blocks, not measured; of a speed-up, either side."
+        text += (
+            "\nHollow markers and dotted lines: extrapolated to all blocks, not measured (of a speed-up: either "
+            "side)."
+        )
     return text
 
 
