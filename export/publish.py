@@ -76,8 +76,8 @@ class Source:
         return outline_of(load_config(self.files))
 
     def smoothing(self, graph: Graph) -> Smoothing:
-        migration = STATIC_MIGRATION if graph.activations == "static" else MIGRATION
-        migration = migration if graph.smooth else None
+        share = STATIC_MIGRATION if graph.activations == "static" else MIGRATION
+        migration = share if graph.smooth else None
         if migration not in self.smoothings:
             checkpoint = open_checkpoint(self.files)
             self.smoothings[migration] = measure_smoothing(self.files, checkpoint, self.ids, migration)
