@@ -62,8 +62,8 @@ def _caption(points: Sequence[Point]) -> str:
     )
     if any(run.extrapolated_from for point in points for run in point.report.runs):
         text += (
-            "\nHollow markers and dotted lines: extrapolated to all blocks, not measured (of a speed-up: either "
-            "side)."
+            "\nHollow markers and dotted lines: extrapolated to all blocks, not measured (of a speed-up: "
+            "either side)."
         )
     return text
 
