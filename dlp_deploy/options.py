@@ -78,10 +78,7 @@ Baseline = Annotated[
 ]
 Rounding = Annotated[
     str,
-    typer.Option(
-        help="How weights are quantized: gptq (chosen on text, more accurate), nearest (faster), or auto: "
-        "gptq at 4 bits and nearest at 8."
-    ),
+    typer.Option(help="How weights are quantized: gptq (chosen on text, more accurate) or nearest (faster)."),
 ]
 BlockSize = Annotated[
     int | None,

@@ -21,7 +21,7 @@ def prune_export(
     seqlen: int = 2048,
     target: str = "deepsparse,onnxruntime",
     baseline: str = "fp32,int8,int4",
-    rounding: str = "auto",
+    rounding: str = "gptq",
     block_size: int | None = None,
     keep_fp32: str = "none",
     activations: str = "dynamic",

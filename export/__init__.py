@@ -12,7 +12,7 @@ def export(
     quant: str = "int8",
     target: str = "deepsparse,onnxruntime",
     baseline: str = "fp32,int8,int4",
-    rounding: str = "auto",
+    rounding: str = "gptq",
     block_size: int | None = None,
     keep_fp32: str = "none",
     activations: str = "dynamic",
@@ -25,16 +25,15 @@ def export(
     `quant` lists precisions (fp32, int8, int4), the first being the artifact's own; `target` the
     engines, or is "none"; `baseline` the precisions of the dense model for ONNX Runtime (int8) or
     llama.cpp (llamacpp-int8), or "none": by default all of ONNX Runtime's, as only the strongest is a fair
-    comparison. `rounding` is "gptq" (chosen on text, so that errors make up for each other), "nearest" (at
-    once), or "auto": gptq at 4 bits, where it matters, and nearest at 8; `block_size` is how many inputs
-    share a scale in ONNX Runtime: by default 32, and 128 in dense baselines, where it is fastest. `keep_fp32`
-    names the layers of the sparse graphs that are not quantized, as patterns, or is "auto": those that lose
-    most for their size, until the weights have grown by 5 %. `activations` is how DeepSparse's int8 and int4
-    graphs scale what enters a linear layer: "dynamic" (each token by its own largest entry) or "static" (by
-    one scale per layer, measured on text); ONNX Runtime scales it as it runs. With `smooth` their
-    outliers are moved into the weights first (SmoothQuant). `calib` is the text that all of this is measured
-    on, as for pruning; None is the text that the artifact was pruned on or, where pruning read none, the
-    built-in one.
+    comparison. `rounding` is "gptq" (chosen on text, so that errors make up for each other) or "nearest" (at
+    once); `block_size` is how many inputs share a scale in ONNX Runtime: by default 32, and 128 in dense
+    baselines, where it is fastest. `keep_fp32` names the layers of the sparse graphs that are not quantized,
+    as patterns, or is "auto": those that lose most for their size, until the weights have grown by 5 %.
+    `activations` is how DeepSparse's int8 and int4 graphs scale what enters a linear layer: "dynamic" (each
+    token by its own largest entry) or "static" (by one scale per layer, measured on text); ONNX Runtime
+    scales it as it runs. With `smooth` their outliers are moved into the weights first (SmoothQuant). `calib`
+    is the text that all of this is measured on, as for pruning; None is the text that the artifact was pruned
+    on or, where pruning read none, the built-in one.
 
     Each graph is checked (structure, zeros, logits against torch) before it gets its final name and takes
     the place of an older one; until then nothing of the artifact is changed. A graph of another precision

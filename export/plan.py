@@ -13,7 +13,7 @@ from ..bench.environments import interpreter
 from ..errors import UserError
 from .grid import Grid
 
-Rounding = Literal["auto", "gptq", "nearest"]
+Rounding = Literal["gptq", "nearest"]
 # A fine block of MatMulNBits, which is accurate, and its fastest: what is compared with must be at its best.
 BLOCK_SIZE, BASELINE_BLOCK_SIZE = 32, 128
 BLOCK_SIZES = (16, 32, 64, 128, 256)
@@ -31,7 +31,7 @@ class Graph:
     precision: Precision
     dense: bool
     folder: str
-    rounding: Rounding = "auto"
+    rounding: Rounding = "gptq"
     block_size: int = BLOCK_SIZE
     # Layers that stay fp32: "none", "auto" (by measurement), or patterns of names.
     keep_fp32: str = "none"
@@ -66,11 +66,8 @@ class Graph:
 
     @property
     def calibrated(self) -> bool:
-        """Whether rounding is chosen on text. 8 bits per block lose nothing to regain; with one scale per
-        channel they lose too little, unless told, for what is the longest part of a large model's export."""
-        if self.precision == "int4":
-            return self.rounding != "nearest"
-        return self.rounding == "gptq" and self.int8_inputs
+        """Whether rounding is chosen on text. 8 bits per block lose nothing to regain."""
+        return self.rounding == "gptq" and (self.int8_inputs or self.precision == "int4")
 
     @property
     def reads_text(self) -> bool:
@@ -117,7 +114,7 @@ def plan_graphs(
     quant: str,
     target: str,
     baseline: str,
-    rounding: str = "auto",
+    rounding: str = "gptq",
     block_size: int | None = None,
     keep_fp32: str = "none",
     activations: str = "dynamic",

@@ -243,9 +243,7 @@ def _is_export_of(export: Export, graph: Graph, decoder: Outline) -> bool:
     rounding, block_size, activations, smoothed = _quantization(graph)
     return (
         (export.engine, export.precision, export.dense) == (graph.engine, graph.precision, graph.dense)
-        # What is left to us is right either way: older releases always chose on text.
-        and (graph.rounding == "auto" or export.rounding == rounding)
-        and (export.block_size, export.activations) == (block_size, activations)
+        and (export.rounding, export.block_size, export.activations) == (rounding, block_size, activations)
         # Older releases smoothed always, and did not say so.
         and (export.smoothed is False) == (smoothed is False)
         and _keeps_as_asked(export, graph, decoder)

@@ -189,15 +189,6 @@ def test_a_measurement_that_kept_nothing_is_not_repeated(artifact: Path) -> None
     assert before.items() <= written(artifact).items()
 
 
-def test_how_a_graph_was_rounded_is_asked_where_the_caller_says_how(artifact: Path) -> None:
-    export(artifact, "int4", **PLAIN)
-    before = written(artifact)
-    with pytest.raises(UserError, match=r"onnxruntime-int4 exists; add --force"):
-        export(artifact, "int4", "onnxruntime", "fp32", rounding="gptq")
-    export(artifact, "int4", "onnxruntime", "fp32", rounding="auto")
-    assert before.items() <= written(artifact).items()
-
-
 def test_a_further_precision_needs_no_force_and_takes_no_folder(artifact: Path) -> None:
     before = written(artifact)
     export(artifact, "int4", **PLAIN)

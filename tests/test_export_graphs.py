@@ -217,13 +217,12 @@ def test_dense_baselines_have_the_fastest_blocks_unless_told() -> None:
     ]
 
 
-def test_rounding_is_chosen_on_text_at_4_bits_unless_told() -> None:
+def test_rounding_is_chosen_on_text_where_it_matters() -> None:
     def chosen_on_text(**options: Any) -> list[str]:
         graphs = plan_graphs("int8,int4", "deepsparse,onnxruntime", "none", **options)
         return [graph.folder for graph in graphs if graph.calibrated]
 
-    assert chosen_on_text() == ["deepsparse-int4", "onnxruntime-int4"]
-    assert chosen_on_text(rounding="gptq") == ["deepsparse", "deepsparse-int4", "onnxruntime-int4"]
+    assert chosen_on_text() == ["deepsparse", "deepsparse-int4", "onnxruntime-int4"]
     assert chosen_on_text(rounding="nearest") == []
 
 

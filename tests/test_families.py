@@ -48,7 +48,7 @@ def test_pruned_exported_and_verified_in_the_real_engines(
     )
     windowed = any(described(kind).windows)
     engines = ["deepsparse"] + (["onnxruntime"] if computes_windows() or not windowed else [])
-    graphs = plan_graphs(precision, ",".join(engines), "none", rounding="gptq")
+    graphs = plan_graphs(precision, ",".join(engines), "none")
     files = resolve_model(str(artifact / CHECKPOINT))
     exports = export_graphs(artifact, files, None, graphs, text_for(files, graphs, "builtin"))
     assert [export.engine for export in exports] == engines
