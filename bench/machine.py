@@ -145,7 +145,7 @@ def choose_cores(
     if wanted > len(fast):
         say(f"--cores {wanted}: {wanted - len(fast)} of them are slower cores, which will set the pace")
     else:
-        nodes = [chosen for node in nodes if (chosen := [core for core in node if core in fast])]
+        nodes = [kept for node in nodes if (kept := [core for core in node if core in fast])]
     fitting = [node for node in nodes if len(node) >= wanted]
     largest_first = sorted(nodes, key=len, reverse=True)
     chosen = [min(fitting, key=len)] if fitting else largest_first
