@@ -123,7 +123,7 @@ def _draw_series(
                 "o",
                 color=color,
                 markerfacecolor="white" if hollow[chosen[0]] else color,
-                label=f"{runs[0][1].engine} {quant}{_origin([runs[index][1] for index in chosen])}",
+                label=f"{runs[0][1].engine} {quant}{_origin([runs[index][1] for index in chosen.tolist()])}",
             )
 
 
