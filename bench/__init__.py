@@ -32,11 +32,11 @@ def bench(
     `engine` is a name, a comma-separated list, or "all" (what is installed); `baseline` a list of dense
     models by precision (int8: in ONNX Runtime; llamacpp-int8: in llama.cpp), "none", or None for all that
     the artifact holds and an installed engine runs. `cores` are physical ones, one thread on each (None: all,
-    but the slow ones of a hybrid processor). The KV cache has room for `context` positions (None: prompt and
-    new tokens); what prompt and new tokens leave of it is filled before the clock starts (a multiple of 16
-    tokens), so that decoding is timed at that depth. Perplexity is taken on `eval_windows` windows of
-    `eval_tokens` tokens of `eval_data` (0 windows: not at all). An engine that gives no answer for
-    `time_limit` seconds has failed.
+    but the slow ones of a hybrid processor). The KV cache has room for `context` positions (None:
+    512, or as many as the model has); what prompt and new tokens leave of it is filled before the clock
+    starts (a multiple of 16 tokens), so that decoding is timed at that depth. Perplexity is taken on
+    `eval_windows` windows of `eval_tokens` tokens of `eval_data` (0 windows: not at all). An engine that
+    gives no answer for `time_limit` seconds has failed.
 
     `output` is a .json file; .md, .csv, .png and .svg are written beside it, and `force` replaces what is
     there. It defaults to <artifact>.bench/report.json. Raises UserError for what cannot be measured as asked,

@@ -33,7 +33,11 @@ Cores = Annotated[
 PromptTokens = Annotated[int, typer.Option(help="Tokens of the timed prompt.")]
 NewTokens = Annotated[int, typer.Option(help="Tokens to decode, greedily, each one timed.")]
 Context = Annotated[
-    int | None, typer.Option(help="KV cache positions, filled to this depth. Default: prompt + new.")
+    int | None,
+    typer.Option(
+        help="KV cache positions, filled to this depth. Default: 512, or as many as the model has; an "
+        "emptier cache flatters sparse weights."
+    ),
 ]
 Repeats = Annotated[int, typer.Option(help="Rounds; in each, all runs take their turn.")]
 TimeLimit = Annotated[float, typer.Option(help="Seconds after which a silent engine is ended.")]
@@ -109,13 +113,7 @@ def sweep(
     cores: Cores = None,
     prompt_tokens: PromptTokens = 64,
     new_tokens: NewTokens = 32,
-    context: Annotated[
-        int | None,
-        typer.Option(
-            help="KV cache positions, filled to this depth. Default: 512, or as many as the shape has; an "
-            "emptier cache flatters sparse weights."
-        ),
-    ] = None,
+    context: Context = None,
     repeats: Repeats = 5,
     seed: Annotated[int, typer.Option(help="Seed of the random weights and tokens.")] = 0,
     time_limit: TimeLimit = 3600,

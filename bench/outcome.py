@@ -19,6 +19,8 @@ from .worker import TIME_LIMIT_S, Generation
 
 Status = Literal["ok", "wrong output", "failed"]
 
+# Decoding into an emptier cache flatters sparse weights.
+CONTEXT = 512
 # DeepSparse reads several tokens at once only where they begin at a multiple of as many, 16 at least.
 FILL_STEP = 16
 # Beyond that the operating system's timer does not count.
@@ -57,6 +59,12 @@ class Workload:
     def filled_tokens(self) -> int:
         """Tokens in the cache before the timed prompt."""
         return len(self.ids) - self.prompt_tokens
+
+
+def usual_context(prompt_tokens: int, new_tokens: int, positions: int) -> int:
+    """The depth to time at unless told: CONTEXT, or as much as a model of `positions` holds, or as prompt and
+    new tokens take."""
+    return max(prompt_tokens + new_tokens, min(CONTEXT, positions))
 
 
 def check_lengths(prompt_tokens: int, new_tokens: int, repeats: int, context: int, positions: int) -> None:

@@ -28,7 +28,15 @@ from .caution import warnings
 from .machine import busy_share, choose_cores, require_avx2
 from .markdown import to_markdown
 from .measure import measure, measure_perplexity, total_noise
-from .outcome import Outcome, Workload, check_lengths, check_time_limit, holds_logits, text_lengths
+from .outcome import (
+    Outcome,
+    Workload,
+    check_lengths,
+    check_time_limit,
+    holds_logits,
+    text_lengths,
+    usual_context,
+)
 from .outputs import require_suffix, require_writable
 from .plan import Candidate, plan_runs
 from .plot import overview, roofline_figure, save
@@ -145,7 +153,8 @@ def _workload(
     request: Request, files: ModelFiles, decoder: Outline, cores: tuple[int, ...]
 ) -> tuple[Workload, TokenWindows | None]:
     """The tokens to time on, and those for the perplexity; both are real text."""
-    context = request.context or request.prompt_tokens + request.new_tokens
+    usual = usual_context(request.prompt_tokens, request.new_tokens, decoder.max_positions)
+    context = usual if request.context is None else request.context
     check_lengths(request.prompt_tokens, request.new_tokens, request.repeats, context, decoder.max_positions)
     check_time_limit(request.time_limit)
     tokenizer = load_tokenizer(files)

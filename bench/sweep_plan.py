@@ -15,13 +15,11 @@ from ..families import decoder_of
 from .engines import engine_named, has_room
 from .environments import interpreter
 from .machine import available_memory, choose_cores, require_avx2
-from .outcome import Workload, check_lengths, check_time_limit, text_lengths
+from .outcome import Workload, check_lengths, check_time_limit, text_lengths, usual_context
 from .random_model import RandomModel, graph_bytes
 from .shapes import shape_config
 from .worker import TIME_LIMIT_S
 
-# Of sweeps: decoding into an emptier cache flatters sparse weights.
-CONTEXT = 512
 # A model that memory does not hold is measured with as many of these as it does, and half as many: the more
 # blocks, the less is noise multiplied.
 LIMITED_BLOCKS = (16, 8, 4, 2)
@@ -176,10 +174,10 @@ def random_workload(
     seed: int,
     time_limit: float = TIME_LIMIT_S,
 ) -> Workload:
-    """The tokens to time on, of a text drawn at random; `context` None is CONTEXT, or as many positions as
-    the shape has, or as prompt and new tokens take. Raises UserError for what cannot be timed."""
+    """The tokens to time on, of a text drawn at random; `context` None is the usual one. Raises UserError
+    for what cannot be timed."""
     decoder = decoder_of(shape_config(shape))
-    usual = max(prompt_tokens + new_tokens, min(CONTEXT, decoder.max_positions))
+    usual = usual_context(prompt_tokens, new_tokens, decoder.max_positions)
     positions = usual if context is None else context
     check_lengths(prompt_tokens, new_tokens, repeats, positions, decoder.max_positions)
     check_time_limit(time_limit)

@@ -34,6 +34,7 @@ from dlp_deploy.errors import UserError
 from .bench_artifacts import exported_artifact
 
 QUICK: dict[str, Any] = {"cores": 1, "prompt_tokens": 20, "new_tokens": 6, "repeats": 2, "eval_windows": 0}
+QUICK |= {"context": 26}
 
 
 @pytest.fixture(scope="module")
@@ -334,6 +335,15 @@ def test_what_memory_has_room_for() -> None:
     assert has_room(frugal, 10**9, 3 * 10**9)
     assert not has_room(lavish, 10**9, 3 * 10**9)
     assert has_room(lavish, 10**9, 4 * 10**9)
+
+
+def test_decoding_is_timed_as_deep_as_the_model_reads_where_nothing_is_said(
+    artifact: Path, tmp_path: Path
+) -> None:
+    options = QUICK | {"context": None}
+    report = bench(artifact, engine="onnxruntime", baseline="none", output=tmp_path / "r.json", **options)
+    # Of the 512 that are usual: prompt and new tokens, and before them a multiple of 16.
+    assert [(run.context, run.filled_tokens) for run in report.runs] == [(256, 224)] * 2
 
 
 def test_no_baseline_means_no_speedup(artifact: Path, tmp_path: Path) -> None:
