@@ -162,7 +162,8 @@ def _origin(runs: Sequence[Run]) -> str:
 def _series(points: Sequence[Point]) -> Iterator[tuple[str, list[Placed]]]:
     """The timed sparse runs of each precision."""
     for quant in dict.fromkeys(point.quant for point in points):
-        runs = [(point, point.sparse) for point in points if point.quant == quant]
+        series = sorted((p for p in points if p.quant == quant), key=lambda point: point.sparsity)
+        runs = [(point, point.sparse) for point in series]
         yield quant, [(point, run) for point, run in runs if run.tpot_ms]
 
 

@@ -97,11 +97,13 @@ def _dense_table(points: Sequence[Point]) -> str:
 
 def _extrapolation_note(points: Sequence[Point]) -> str:
     """Which blocks were measured, for the models that were not measured whole."""
-    found = [f"{kind} is {text}" for kind, text in _said(points, lambda run: [origin(run)])]
-    if not found:
+    said = _said(points, lambda run: [origin(run)])
+    if not said:
         return ""
+    kinds = {text: [kind for kind, other in said if other == text] for _, text in said}
+    found = [f"{text} ({', '.join(names)})" for text, names in kinds.items()]
     return (
-        f"\\* Not measured whole: {'; '.join(found)}; the runs are of the same rounds. Time = "
+        f"\\* Not measured whole, but {'; '.join(found)}: the runs are of the same rounds. Time = "
         "fixed part + blocks x time per block. Where so few blocks fit into the caches and the whole "
         "model does not, this is too fast."
     )

@@ -133,8 +133,8 @@ def test_a_sweep_leaves_its_reports_and_no_graphs(swept: tuple[Path, Point]) -> 
     ]
     text = output.with_suffix(".md").read_text()
     assert "| int8* | 80% |" in text
-    assert "onnxruntime-fp32-dense is extrapolated from 1 and 2 of 3 decoder blocks" in text
-    assert "sparse deepsparse-int8 is extrapolated from 1 and 2 of 3 decoder blocks" in text
+    kinds = "onnxruntime-fp32-dense, sparse deepsparse-int8"
+    assert f"extrapolated from 1 and 2 of 3 decoder blocks ({kinds})" in text
     assert "- sparse deepsparse-int8: weights: 8 bit, one scale per channel, rounded to nearest" in text
     assert "4 of 4 timed runs were held against torch" in text
     assert "and 4 at the timed depth too" in text

@@ -92,8 +92,8 @@ def test_bars_are_over_rounds_whether_a_model_was_measured_or_extrapolated(swept
 
 def test_the_table_names_what_was_extrapolated_from_what() -> None:
     text = to_markdown([mixed(0.7), mixed(0.8)])
-    assert text.count(f"{DENSE} is {ORIGIN}") == 1
-    assert f"sparse deepsparse-int8 is {ORIGIN}" in to_markdown([of_extrapolated_sparse()])
+    assert text.count(f"{ORIGIN} ({DENSE})") == 1
+    assert f"{ORIGIN} ({DENSE}, sparse deepsparse-int8)" in to_markdown([of_extrapolated_sparse()])
 
 
 def test_how_each_model_was_quantized_is_said_once() -> None:
