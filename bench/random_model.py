@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import NormalDist
@@ -64,11 +64,11 @@ class RandomModel:
         nothing is smoothed, as random weights have no outlier channels. Both graphs hold the same
         operators as those of a real model.
         """
-        graph = Graph(engine, precision, self.sparsity == 0, folder.name, "nearest", self.block_size)
+        options: dict[str, Any] = {"rounding": "nearest", "block_size": self.block_size, "smooth": False}
+        graph = Graph(engine, precision, self.sparsity == 0, folder.name, **options)
         weights = Weights(self.checkpoint(), self.decoder)
         with progress(f"Writing {graph.label}", self.decoder.blocks) as advance:
-            written = write_graph(folder, graph, weights, self.decoder, self.config, advance)
-        return replace(written, notes=tuple(note.removeprefix("smoothed; ") for note in written.notes))
+            return write_graph(folder, graph, weights, self.decoder, self.config, advance)
 
     def reference(self, folder: Path, ids: np.ndarray, prompt: int) -> Reference:
         """What fp32 torch says of it after ids int64 [n]: after the prompt and after each later token.

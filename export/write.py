@@ -95,7 +95,7 @@ def _linears(
         scheme = f"weights: {grid.bits} bit, one scale per {grid.block} inputs, {rounded}"
         return onnxruntime.BlockLinears(grid), (scheme,)
     scheme = (
-        f"smoothed; weights: {grid.bits} bit, one scale per channel, {rounded}; "
+        f"{'smoothed; ' if graph.smooth else ''}weights: {grid.bits} bit, one scale per channel, {rounded}; "
         f"activations: int8, one scale per {'token' if input_scales is None else 'layer, calibrated'}"
     )
     slow = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -111,10 +112,12 @@ def test_smoothing_can_be_left_out(
 ) -> None:
     install("deepsparse")
     artifact = pruned(tiny_checkpoint("llama-tied"), tmp_path / "artifact")
-    options = {"target": "deepsparse", "baseline": "none", "activations": activations}
+    options: dict[str, Any] = {"target": "deepsparse", "baseline": "none", "rounding": "nearest"}
+    options["activations"] = activations
     export(artifact, "int8", smooth=False, **options)
     (rough,) = read_manifest(artifact).exports
     assert rough.smoothed is False
+    assert rough.notes[0].startswith("weights: 8 bit")
     # Nothing else of it is measured on text.
     assert (rough.calibration is None) == (activations == "dynamic")
     with pytest.raises(UserError, match="add --force"):
@@ -127,6 +130,7 @@ def test_smoothing_can_be_left_out(
     export(artifact, "int8", force=True, **options)
     (smooth,) = read_manifest(artifact).exports
     assert smooth.smoothed is True
+    assert smooth.notes[0].startswith("smoothed; weights: 8 bit")
     assert (int8_weights(artifact, "lm_head") != stored["lm_head"]).any()
 
 
