@@ -217,7 +217,11 @@ def _create(engine: Engine, python: Path, folder: Path) -> None:
     if folder.exists():
         shutil.rmtree(folder)
     command = [str(python), "-m", "venv", str(folder)]
-    subprocess.run(command, check=True, capture_output=True, env=clean_environment())
+    made = subprocess.run(command, capture_output=True, text=True, errors="replace", env=clean_environment())
+    if made.returncode:
+        words = (made.stderr.strip() or made.stdout.strip()).splitlines()[-1:]
+        reason = words[0] if words else f"it ended with status {made.returncode}"
+        raise UserError(f"{python} cannot make an environment in {folder}: {reason}")
     if engine.before:
         _pip(engine, _interpreter(folder), ["-r", str(engine.before)], total=1)
     _install_locked(engine, _interpreter(folder), engine.lock)

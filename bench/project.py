@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ..errors import UserError
 from ..storage import write_text
 from .markdown import markdown_table
+from .outputs import require_suffix
 from .points import as_report, read_points
 from .report import Report, Roofline, Run, read_report
 from .scaling import fit_parts
@@ -140,8 +141,7 @@ def _read(path: Path) -> Report:
 
 def _refuse_measured(path: Path) -> None:
     """Raise UserError where a projection would take the place of something else, such as a measurement."""
-    if path.suffix != ".json":
-        raise UserError(f"--output {path}: give a name that ends in .json; the tables go into .md beside it")
+    require_suffix(path, ".json")
     if path.exists() and not _is_projection(path):
         raise UserError(f"{path} is no projection and would be replaced; give another --output")
 

@@ -135,6 +135,19 @@ def test_an_installation_that_is_interrupted_waits_for_the_end_of_its_pip(
     assert all(process.returncode is not None for process in started)
 
 
+def test_a_python_that_makes_no_environment_is_told_in_one_line(
+    cache: Path, small: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = tmp_path / "python"
+    broken.write_text("#!/bin/sh\necho first words >&2\necho no room for it >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setattr(environments, "find_python", lambda engine: (broken, HERE))
+    with pytest.raises(UserError, match="cannot make an environment in .*: no room for it$"):
+        install_engine(small)
+    with pytest.raises(UserError, match="not installed"):
+        interpreter(small)
+
+
 def test_installations_at_the_same_time_make_one_environment(cache: Path, small: Engine) -> None:
     found: list[Path] = []
     threads = [Thread(target=lambda: found.append(install_engine(small))) for _ in range(3)]
