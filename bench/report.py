@@ -50,8 +50,8 @@ class OutputAgreement(_Stored):
 class DepthAgreement(_Stored):
     """Agreement at the depth that is timed: the logits after the prompt and after each of the next tokens of
     the text, against `reference` (torch in fp32, or the name of an fp32 run of the same model); in the very
-    process that is timed, unless memory did not hold all models at once. Errors as in OutputAgreement; the one that `limited` names was held to
-    `limit`.
+    process that is timed, unless memory did not hold all models at once. Errors as in OutputAgreement; the
+    one that `limited` names was held to `limit`.
     """
 
     reference: str

@@ -142,7 +142,7 @@ def test_a_python_that_makes_no_environment_is_told_in_one_line(
     broken.write_text("#!/bin/sh\necho first words >&2\necho no room for it >&2\nexit 1\n")
     broken.chmod(0o755)
     monkeypatch.setattr(environments, "find_python", lambda engine: (broken, HERE))
-    with pytest.raises(UserError, match="cannot make an environment in .*: no room for it$"):
+    with pytest.raises(UserError, match=r"cannot make an environment in .*: no room for it$"):
         install_engine(small)
     with pytest.raises(UserError, match="not installed"):
         interpreter(small)
