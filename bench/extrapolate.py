@@ -22,10 +22,11 @@ EXTRAPOLATED = "extrapolated from"
 def extrapolate(small: Run, large: Run, name: str, blocks: int, environment: Environment) -> Run:
     """The run `name` of a model with `blocks` blocks, from runs of the same rounds with fewer.
 
-    Each round that both finished gives one sample: its medians, carried on. So the interval of a speed-up is
-    one over rounds, and percentiles are among rounds, not among tokens. Tokens per second are carried on from
-    the means over all tokens, as those of a measured run; the time to the first token, of which a round has
-    one, from the medians over these rounds.
+    Each round that both finished gives one sample: its medians, carried on, and no less than the larger
+    run's, where the smaller one was disturbed. So the interval of a speed-up is one over rounds, and
+    percentiles are among rounds, not among tokens. Tokens per second are carried on from the means over all
+    tokens, as those of a measured run; the time to the first token, of which a round has one, from the medians
+    over these rounds.
 
     What is wrong with either of the two is wrong with it, and the reason names the one. No engine has run the
     whole model, so nothing is said of its output.
@@ -42,14 +43,15 @@ def extrapolate(small: Run, large: Run, name: str, blocks: int, environment: Env
 
     def carried_on(of: Callable[[Run], np.ndarray]) -> np.ndarray:
         fewer, more = of(small), of(large)
-        return more + factor * (more - fewer)
+        # Further blocks take no less than no time, whatever disturbed the run with fewer.
+        return np.maximum(more + factor * (more - fewer), more)
 
-    times = carried_on(lambda run: np.median(run.samples[:rounds], axis=1))
-    mean = float(carried_on(lambda run: np.mean(run.samples[:rounds])))
-    first = carried_on(lambda run: np.array([np.median(run.ttft_samples_ms[:rounds])]))
-    if min(times.min(), mean, first.min()) <= 0:
+    if np.median(large.samples[:rounds]) <= np.median(small.samples[:rounds]):
         reason = f"{large.blocks} blocks took no longer than {small.blocks}: the machine is too noisy"
         return described.model_copy(update={"status": "failed", "reason": reason})
+    times = carried_on(lambda run: np.median(run.samples[:rounds], axis=1))
+    mean = float(carried_on(lambda run: np.array(np.mean(run.samples[:rounds]))))
+    first = carried_on(lambda run: np.array([np.median(run.ttft_samples_ms[:rounds])]))
     tpot = latency(times)
     figures = {
         "ttft_ms": LatencyMs(**asdict(latency(first))),

@@ -78,3 +78,21 @@ def test_an_extrapolation_that_no_memory_could_feed_is_named() -> None:
     assert not any(telling in warning for warning in warnings([run], quiet))
     carried_on = run.model_copy(update={"extrapolated_from": ("two", "four")})
     assert sum(telling in warning for warning in warnings([carried_on], quiet)) == 1
+
+
+def test_a_round_in_which_the_smaller_run_was_disturbed_is_at_least_that_of_the_larger() -> None:
+    times = np.ones((5, 8))
+    facts = environment()
+
+    def measured(blocks: int, factors: list[float]) -> Run:
+        (run,) = report({DENSE: blocks * times * np.array(factors)[:, None]}, blocks * 0.01).runs
+        return run.model_copy(update={"name": f"{blocks} blocks", "blocks": blocks})
+
+    steady = [1.0] * 5
+    whole = extrapolate(measured(2, [1, 1, 5, 1, 1]), measured(4, steady), "whole", 32, facts)
+    assert whole.samples.ravel().tolist() == pytest.approx([32, 32, 4, 32, 32])
+    assert whole.tpot_ms is not None
+    assert whole.tpot_ms.p50 == pytest.approx(32)
+    failed = extrapolate(measured(2, [3] * 5), measured(4, steady), "whole", 32, facts)
+    assert failed.status == "failed"
+    assert failed.reason == "4 blocks took no longer than 2: the machine is too noisy"
