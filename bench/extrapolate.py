@@ -25,8 +25,8 @@ def extrapolate(small: Run, large: Run, name: str, blocks: int, environment: Env
     Each round that both finished gives one sample: its medians, carried on, and no less than the larger
     run's, where the smaller one was disturbed. So the interval of a speed-up is one over rounds, and
     percentiles are among rounds, not among tokens. Tokens per second are carried on from the means over all
-    tokens, as those of a measured run; the time to the first token, of which a round has one, from the medians
-    over these rounds.
+    tokens, as those of a measured run; the time to the first token, of which a round has one, from the
+    medians over these rounds.
 
     What is wrong with either of the two is wrong with it, and the reason names the one. No engine has run the
     whole model, so nothing is said of its output.
