@@ -168,11 +168,11 @@ class Export(_Stored):
     `sparsity` is the share of zeros counted in the exported block weights; it exceeds that of the
     masks by `rounded_to_zero`, the share of kept weights that quantization made zero. `rounding` is
     "gptq" or "nearest", None in fp32; `block_size` the inputs that share a scale, None for all;
-    `keep_fp32` what was asked not to be quantized ("auto": by measurement), and `kept_fp32` the layers that
-    were not. `activations` says whether those in int8 have a scale
-    per token, dynamic, or per layer, static, and `smoothed` whether their outliers
-    were moved into the weights; None where none are in int8. `calibration` is the text that any of
-    this was measured on; None where nothing was, and in graphs of releases that did not record it.
+    `keep_fp32` what was asked not to be quantized ("auto": by measurement), and `kept_fp32` the layers
+    that were not. Of int8 activations, `activations` says whether they have a scale per token, dynamic, or
+    per layer, static, and `smoothed` whether their outliers were moved into the weights; None where there
+    are none. `calibration` is the text that any of this was measured on; None where nothing was, and in
+    graphs of releases that did not record it.
     """
 
     path: GraphPath
