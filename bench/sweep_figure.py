@@ -38,7 +38,8 @@ def speedup_figure(points: Sequence[Point]) -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_ylim(bottom=0)
         axes.set_xlim(-3, 100)
-        axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(0, -0.14))
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(0, -0.14))
     lines = max(len(axes.get_legend_handles_labels()[1]) for axes in (left, right))
     figure.set_figheight(figure.get_figheight() + LEGEND_LINE * lines)
     figure.suptitle(title(points[0]), fontsize=11, color=INK, x=0.01, ha="left")

@@ -68,9 +68,9 @@ def spoil(model: Path) -> None:
     data.flush()
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int4"])
+@pytest.mark.parametrize("options", [{"quant": "fp32"}, {"quant": "int4", "block_size": 16}])
 def test_a_graph_that_computes_something_else_is_not_published(
-    precision: str, llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any], llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     artifact = pruned(llama_folder, tmp_path / "artifact")
     before = read_manifest(artifact)
@@ -82,7 +82,7 @@ def test_a_graph_that_computes_something_else_is_not_published(
 
     monkeypatch.setattr(publish, "write_graph", spoiled)
     with pytest.raises(VerificationError, match="onnxruntime"):
-        export(artifact, quant=precision, target="onnxruntime", baseline="none", block_size=16)
+        export(artifact, target="onnxruntime", baseline="none", **options)
     assert read_manifest(artifact) == before
     assert not list(artifact.glob("onnxruntime*"))
 
