@@ -17,7 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from dlp_deploy.bench import pool
 from dlp_deploy.bench import sweep as sweeps
@@ -35,6 +35,7 @@ from dlp_deploy.families import decoder_of
 from dlp_deploy.models import resolve_model
 
 from .limits import short_limit
+from .tiny_models import SIZES, save_tiny_model
 
 QUICK: dict[str, Any] = {"cores": 1, "prompt_tokens": 20, "new_tokens": 6, "context": 26, "repeats": 2}
 FAULTY = """
@@ -71,7 +72,14 @@ def shape(tiny_checkpoint: Callable[[str], Path]) -> str:
 
 
 @pytest.fixture(scope="module")
-def swept(shape: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Point]:
+def wide_shape(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> str:
+    """Blocks that take long enough to be told from what disturbs a machine."""
+    config = LlamaConfig(**SIZES | {"hidden_size": 512, "intermediate_size": 2048, "initializer_range": 0.04})
+    return str(save_tiny_model(tmp_path_factory.mktemp("wide") / "llama", config, tiny_tokenizer))
+
+
+@pytest.fixture(scope="module")
+def swept(wide_shape: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Point]:
     install("deepsparse")
     output = tmp_path_factory.mktemp("sweep") / "s.jsonl"
     options: dict[str, Any] = {
@@ -82,12 +90,12 @@ def swept(shape: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, P
         "repeats": 3,
     }
     options |= {"quant": "int8", "baseline": "fp32", "blocks": 2}
-    (point,) = sweep(shape, sparsity="0.8", output=output, **options)
+    (point,) = sweep(wide_shape, sparsity="0.8", output=output, **options)
     return output, point
 
 
 def test_a_point_is_carried_on_to_the_whole_model(
-    swept: tuple[Path, Point], shape: str, tmp_path: Path
+    swept: tuple[Path, Point], wide_shape: str, tmp_path: Path
 ) -> None:
     _, point = swept
     assert [run.name for run in point.measured] == [
@@ -100,8 +108,9 @@ def test_a_point_is_carried_on_to_the_whole_model(
     for run, small, large in zip(point.report.runs, point.measured[::2], point.measured[1::2], strict=True):
         assert (run.status, run.reason) == ("ok", "")
         assert run.extrapolated_from == (small.name, large.name)
-        medians = [np.median(each.samples, axis=1) for each in (small, large)]
-        np.testing.assert_allclose(run.samples_ms, 2 * medians[1] - medians[0])
+        fewer, more = (np.median(each.samples, axis=1) for each in (small, large))
+        # Where a round with fewer blocks was disturbed, the third block is taken to need no time.
+        np.testing.assert_allclose(run.samples_ms, np.maximum(2 * more - fewer, more))
         assert small.output_check is not None
         assert small.output_check.positions == 17
         assert small.tokens_sha256 is not None
@@ -114,7 +123,7 @@ def test_a_point_is_carried_on_to_the_whole_model(
         assert (run.output_check, run.depth_check, run.tokens_sha256) == (None, None, None)
         assert run.roofline is not None
     # Bytes are not noisy: those of the whole graph are found exactly.
-    whole = RandomModel(shape_config(shape), 0.8, 0).write(tmp_path, "deepsparse", "int8")
+    whole = RandomModel(shape_config(wide_shape), 0.8, 0).write(tmp_path, "deepsparse", "int8")
     assert point.sparse.weight_bytes == whole.weight_bytes
     comparison = point.report.speedup_over("deepsparse-int8-s80", "onnxruntime-fp32-dense")
     assert comparison is not None
