@@ -284,16 +284,27 @@ def test_this_machine() -> None:
 
 
 def test_bandwidth_is_that_of_memory_and_no_more() -> None:
-    """One thread copies memory at some rate: reading it alone is between a third of that and many times."""
-    found = measure_bandwidth(choose_cores(1), cache_bytes=0, available_bytes=available_memory())
+    """One thread copies memory at some rate: reading it alone is between a third of that and many times.
+
+    The two are not measured at the same moment, so a machine that was held up once is asked again.
+    """
+    found = (
+        measure_bandwidth(choose_cores(1), cache_bytes=0, available_bytes=available_memory()) / _copy_rate()
+        for _ in range(3)
+    )
+    assert any(1 / 3 < ratio < 10 for ratio in found)
+
+
+def _copy_rate() -> float:
+    """Bytes read and written per second, at the best of five copies."""
     source = np.ones(1 << 25)
     target = np.empty_like(source)
-    best = 0.0
+    times = []
     for _ in range(5):
         start = time.perf_counter()
         np.copyto(target, source)
-        best = max(best, 2 * source.nbytes / (time.perf_counter() - start))
-    assert best / 3 < found < 10 * best
+        times.append(time.perf_counter() - start)
+    return 2 * source.nbytes / min(times)
 
 
 def test_more_is_read_than_all_caches_hold_and_enough_by_each_core() -> None:
