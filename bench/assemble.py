@@ -16,7 +16,9 @@ import numpy as np
 from ..families import Outline
 from .agreement import Agreement, DepthCheck
 from .bandwidth import measure_bandwidth
-from .machine import available_memory, cache_bytes, describe_machine, nodes_of
+from .cgroups import available_memory
+from .cores import nodes_of, nodes_with_memory
+from .machine import cache_bytes, describe_machine
 from .outcome import Outcome, Workload
 from .peak import Peak, measure_peak
 from .report import (
@@ -66,6 +68,7 @@ def describe_environment(before: Roofs, outcomes: Sequence[Outcome], again: bool
         cores_used=before.cores,
         cache_bytes=cache_bytes(before.cores),
         nodes_used=nodes_of(before.cores),
+        nodes_with_memory=nodes_with_memory(),
         memory_bandwidth_gbps=round(max(rates) / 1e9, 2),
         memory_bandwidth_spread=round(1 - min(rates) / max(rates), 4) if len(rates) > 1 else None,
         peak_fp32_gops=round(before.peak.fp32 / 1e9, 1),

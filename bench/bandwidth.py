@@ -24,6 +24,7 @@ SMALLEST_PART = 64 << 20
 FLOAT_BYTES = 4
 
 Read = Callable[[np.ndarray], object]
+Clock = Callable[[], float]
 
 
 def measure_bandwidth(cores: Sequence[int], cache_bytes: int, available_bytes: int) -> float:
@@ -47,37 +48,42 @@ def pass_rates(spans: np.ndarray, bytes_read: int) -> np.ndarray:
     return np.asarray(bytes_read / (spans[:, :, 1].max(axis=0) - spans[:, :, 0].min(axis=0)))
 
 
-def _measure(cores: Sequence[int], size: int) -> float:
-    """The rate of the faster way of reading, each of them at its median."""
+def rate_of_reading(
+    cores: Sequence[int], size: int, reads: Sequence[Read], clock: Clock = time.perf_counter
+) -> float:
+    """Bytes a second that a thread on each of `cores` reads of its part of `size` bytes, all at once, in the
+    fastest of these ways of reading, each of them at its median."""
     part = size // FLOAT_BYTES // len(cores)
     together = threading.Barrier(len(cores))
     with ThreadPoolExecutor(len(cores)) as pool:
-        reading = [pool.submit(_read_part, core, part, together) for core in cores]
+        reading = [pool.submit(_read_part, core, part, together, reads, clock) for core in cores]
         spans = np.array([each.result() for each in reading])
     rates = pass_rates(spans, part * FLOAT_BYTES * len(cores) * READS_PER_PASS)
-    return float(np.median(rates.reshape(len(READS), REPEATS), axis=1).max())
+    return float(np.median(rates.reshape(len(reads), REPEATS), axis=1).max())
 
 
-def _read_part(core: int, count: int, together: threading.Barrier) -> list[tuple[float, float]]:
+def _read_part(
+    core: int, count: int, together: threading.Barrier, reads: Sequence[Read], clock: Clock
+) -> list[tuple[float, float]]:
     try:
         # Memory is on the NUMA node of the thread that first touches it. Ones, not zeros: untouched zero
         # pages would all be the same page.
         os.sched_setaffinity(0, [core])
         data = np.ones(count, dtype=np.float32)
-        return [_pass(read, data, together) for read in READS for _ in range(REPEATS)]
+        return [_pass(read, data, together, clock) for read in reads for _ in range(REPEATS)]
     except BaseException:
         # The others would wait for ever.
         together.abort()
         raise
 
 
-def _pass(read: Read, data: np.ndarray, together: threading.Barrier) -> tuple[float, float]:
+def _pass(read: Read, data: np.ndarray, together: threading.Barrier, clock: Clock) -> tuple[float, float]:
     """When this thread began, and when it ended."""
     together.wait()
-    began = time.perf_counter()
+    began = clock()
     for _ in range(READS_PER_PASS):
         read(data)
-    return began, time.perf_counter()
+    return began, clock()
 
 
 def _largest(part: np.ndarray) -> object:
@@ -92,4 +98,4 @@ READS = (_largest, _self_product)
 
 
 if __name__ == "__main__":
-    print(_measure([int(core) for core in sys.argv[1].split(",")], int(sys.argv[2])))
+    print(rate_of_reading([int(core) for core in sys.argv[1].split(",")], int(sys.argv[2]), READS))

@@ -61,6 +61,9 @@ def _conditions(environment: Environment) -> Iterator[str]:
     if len(environment.nodes_used) > 1:
         nodes = " and ".join(map(str, environment.nodes_used))
         yield f"the cores are on NUMA nodes {nodes}: each reads the memory of the others slowly"
+    if far := set(environment.nodes_used).difference(environment.nodes_with_memory or environment.nodes_used):
+        nodes = " and ".join(map(str, sorted(far)))
+        yield f"NUMA node {nodes} has no memory that could be used: its cores read that of others, slowly"
     if environment.governor == "powersave":
         yield (
             "the clock's governor is powersave: cores may run below their full clock, and not always alike; "

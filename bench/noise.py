@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 
-from .machine import cores_beside, processor_time, siblings_of, throttled_seconds
+from .cgroups import throttled_seconds
+from .cores import cores_beside, siblings_of
+from .machine import processor_time
 from .report import NoiseRecord
 
 

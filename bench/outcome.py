@@ -12,7 +12,7 @@ import numpy as np
 from ..errors import UserError
 from ..perplexity import Perplexity
 from .agreement import Agreement, DepthCheck
-from .machine import available_memory
+from .cgroups import available_memory
 from .noise import Noise
 from .plan import Candidate
 from .worker import TIME_LIMIT_S, Generation

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 import numpy as np
 
 from ..progress import say
+from .cgroups import available_memory
 from .engines import has_room
-from .machine import available_memory
 from .outcome import Outcome, Workload
 from .statistics import is_stable
 from .worker import EngineWorker, WorkerError

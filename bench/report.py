@@ -201,6 +201,9 @@ class Environment(_Stored):
     cpu_quota: float | None
     cores_used: tuple[int, ...]
     nodes_used: tuple[int, ...] = Field(default=(), description="NUMA nodes of the used cores")
+    nodes_with_memory: tuple[int, ...] = Field(
+        default=(), description="NUMA nodes whose memory could be used; empty where the report does not tell"
+    )
     caches: dict[str, int]
     cache_bytes: int | None = Field(
         default=None, description="what the L2 and L3 caches of the used cores hold together"
@@ -208,7 +211,10 @@ class Environment(_Stored):
     governor: str | None
     hypervisor: bool
     memory_bytes: int
-    clock_ghz: float | None = None
+    clock_ghz: float | None = Field(
+        default=None,
+        description="the base clock, or where it is not known, the highest of any core at the time",
+    )
     memory_bandwidth_gbps: float = Field(description="read bandwidth of the used cores, 1e9 bytes a second")
     memory_bandwidth_spread: float | None = Field(
         default=None, description="by how much it differed before and after the runs, relative to the larger"

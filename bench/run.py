@@ -25,7 +25,8 @@ from ..storage import refuse_existing, write_text
 from . import REPORT
 from .assemble import Roofs, compare_runs, describe_environment, measure_roofs, run_record
 from .caution import warnings
-from .machine import busy_share, choose_cores, require_avx2
+from .cores import choose_cores
+from .machine import busy_share, require_avx2
 from .markdown import to_markdown
 from .measure import measure, measure_perplexity, total_noise
 from .outcome import (

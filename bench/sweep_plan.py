@@ -12,9 +12,11 @@ from ..artifact import EngineName, Precision
 from ..errors import UserError
 from ..export.plan import BLOCK_SIZES, baseline_of, split_list
 from ..families import decoder_of
+from .cgroups import available_memory
+from .cores import choose_cores
 from .engines import engine_named, has_room
 from .environments import interpreter
-from .machine import available_memory, choose_cores, require_avx2
+from .machine import require_avx2
 from .outcome import Workload, check_lengths, check_time_limit, text_lengths, usual_context
 from .random_model import RandomModel, graph_bytes
 from .shapes import shape_config

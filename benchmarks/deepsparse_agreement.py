@@ -26,9 +26,9 @@ from pathlib import Path
 import numpy as np
 
 from dlp_deploy.artifact import read_manifest
+from dlp_deploy.bench.cores import choose_cores
 from dlp_deploy.bench.engines import engine_named
 from dlp_deploy.bench.environments import clean_environment, interpreter
-from dlp_deploy.bench.machine import choose_cores
 from dlp_deploy.bench.worker import EngineWorker
 from dlp_deploy.export.reference import read_reference
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
+from dlp_deploy.bench.cores import choose_cores
 from dlp_deploy.bench.engines import engine_named
-from dlp_deploy.bench.machine import choose_cores
 from dlp_deploy.bench.random_model import RandomModel
 from dlp_deploy.bench.shapes import shape_config
 from dlp_deploy.bench.worker import EngineWorker

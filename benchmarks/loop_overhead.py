@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from dlp_deploy.artifact import read_manifest
-from dlp_deploy.bench.machine import choose_cores
+from dlp_deploy.bench.cores import choose_cores
 from dlp_deploy.bench.plan import Candidate, plan_runs
 from dlp_deploy.bench.worker import EngineWorker
 from dlp_deploy.export.reference import read_reference

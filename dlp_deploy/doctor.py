@@ -18,9 +18,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from .bench.cgroups import available_memory, cpu_quota
 from .bench.engines import Engine
 from .bench.environments import EngineStatus, cache_folder, find_python, list_engines
-from .bench.machine import ROOT, available_memory, cpu_quota, describe_machine
+from .bench.kernel_files import ROOT
+from .bench.machine import describe_machine
 from .errors import UserError
 
 State = Literal["ok", "note", "missing"]

@@ -13,7 +13,7 @@ import torch
 from .artifact import CHECKPOINT, MANIFEST, Export, check_files, graph_of, read_manifest
 from .bench.engines import Engine, engine_named
 from .bench.environments import interpreter
-from .bench.machine import choose_cores
+from .bench.cores import choose_cores
 from .bench.worker import EngineWorker
 from .blocks import logits_of
 from .calibration import TokenWindows, evaluation_windows

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from ..artifact import CHECKPOINT, Activations, Export, OutputCheck
 from ..bench.engines import Engine, engine_named, has_room
 from ..bench.environments import list_engines
-from ..bench.machine import available_memory
+from ..bench.cgroups import available_memory
 from ..calibration import TokenWindows
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..families import Outline, decoder_of

@@ -26,7 +26,7 @@ import onnx
 import torch
 from onnx import numpy_helper
 
-from ..bench.machine import available_memory
+from ..bench.cgroups import available_memory
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..errors import UserError, first_line
 from ..families import Outline, architectures_of, is_described

@@ -239,5 +239,5 @@ def test_an_engine_of_the_main_environment_imports_from_where_we_do(
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "elsewhere"))
     monkeypatch.delenv("PYTHONNOUSERSITE", raising=False)
     engine = Engine("own", "Own 1.0", str(tmp_path / "engine.py"), "own", ("fp32",), "MIT", ("numpy",))
-    with EngineWorker.spawn(engine, [min(os.sched_getaffinity(0))], time_limit_s=60) as worker:
+    with EngineWorker.spawn(engine, [min(os.sched_getaffinity(0))]) as worker:
         assert worker.versions == {"module": "1.2", "kept apart": "no"}

