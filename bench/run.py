@@ -137,7 +137,7 @@ def write_report(report: Report, path: Path) -> None:
 def _check_output(output: Path, force: bool) -> None:
     require_suffix(output, ".json")
     for form in FORMS:
-        refuse_existing(output.with_suffix(form), force)
+        refuse_existing(output.with_suffix(form), force, file=True)
 
 
 def _check_candidates(artifact: Path, manifest: Manifest, candidates: Sequence[Candidate]) -> None:

@@ -89,8 +89,12 @@ def partial_folder(final: Path) -> Path:
     return final.with_name(final.name + PARTIAL_SUFFIX)
 
 
-def refuse_existing(path: Path, force: bool) -> None:
-    """Raise UserError when `path` exists, unless `force` says that it may be replaced."""
+def refuse_existing(path: Path, force: bool, *, file: bool = False) -> None:
+    """Raise UserError when `path`, where a folder (or a `file`) is to be written, exists, unless `force` says
+    that it may be replaced; and when it is the other of the two, which nothing takes the place of."""
+    if path.is_dir() if file else path.is_file():
+        kinds = ("folder", "file") if file else ("file", "folder")
+        raise UserError(f"{path} is a {kinds[0]}, and a {kinds[1]} is to be written; give another --output")
     if path.exists() and not force:
         raise UserError(f"{path} exists; give another --output, or --force to replace it")
 

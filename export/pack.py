@@ -45,7 +45,7 @@ def pack(artifact: Path | str, output: Path | str | None = None, force: bool = F
     folder = Path(artifact)
     manifest = read_manifest(folder)
     path = Path(output) if output else named(folder).with_name(named(folder).name + SUFFIX)
-    refuse_existing(path, force)
+    refuse_existing(path, force, file=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     with naming_full_disk(path), atomic_path(path) as temporary, temporary.open("wb") as stream:
         text = (folder / MANIFEST).read_bytes()
@@ -78,8 +78,7 @@ def unpack(packed: Path | str, output: Path | str | None = None, force: bool = F
         written: dict[str, Path] = {}
         with progress("Unpacking", _pieces(manifest)) as advance:
             for stored in manifest.files:
-                target = folder / stored.path
-                target.parent.mkdir(parents=True, exist_ok=True)
+                target = _new_file(folder, stored, path)
                 if stored.sha256 in written:
                     shutil.copyfile(written[stored.sha256], target)
                 else:
@@ -145,9 +144,20 @@ def _read_head(stream: BinaryIO, path: Path, folder: Path) -> Manifest:
     return manifest
 
 
+def _new_file(folder: Path, stored: StoredFile, path: Path) -> Path:
+    """An empty file for `stored` below `folder`. Raises UserError where another one is in its way."""
+    target = folder / stored.path
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.touch(exist_ok=False)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{path}: its manifest has two files at {stored.path}; do not trust it") from None
+    return target
+
+
 def _unpack_file(stream: BinaryIO, stored: StoredFile, target: Path, path: Path, advance: Advance) -> None:
     digest = hashlib.sha256()
-    with target.open("xb") as file:
+    with target.open("wb") as file:
         for start in range(0, stored.bytes, PIECE):
             try:
                 piece = decode(stream.read, min(PIECE, stored.bytes - start))

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dlp_deploy.artifact import read_manifest, write_manifest
+from dlp_deploy.artifact import list_files, read_manifest, write_manifest
 from dlp_deploy.errors import UserError
 from dlp_deploy.export.pack import MAGIC, PIECE, pack, unpack
 from dlp_deploy.export.pieces import DamagedPiece, decode, encode
@@ -259,6 +259,43 @@ def test_what_is_no_artifact_or_no_packed_file_is_refused(tmp_path: Path) -> Non
     other.write_bytes(b"PK\x03\x04 something else")
     with pytest.raises(UserError, match="not written by dlp-deploy pack"):
         unpack(other)
+
+
+@pytest.mark.parametrize("names", [("a", "a"), ("a", "a/b"), ("a/b", "a")])
+@pytest.mark.parametrize("equal", [True, False])
+def test_two_files_at_one_place_are_refused(
+    artifact: Path, tmp_path: Path, names: tuple[str, str], equal: bool
+) -> None:
+    copy = tmp_path / "model"
+    copy.mkdir()
+    (copy / "one").write_bytes(b"one")
+    (copy / "two").write_bytes(b"one" if equal else b"two")
+    write_manifest(
+        copy, read_manifest(artifact).model_copy(update={"exports": (), "files": list_files(copy)})
+    )
+    text = (copy / "manifest.json").read_bytes()
+    places = text.replace(b'"one"', f'"{names[0]}"'.encode()).replace(b'"two"', f'"{names[1]}"'.encode())
+    bad = pack(copy, tmp_path / "bad.dlp")
+    body = bad.read_bytes()[len(MAGIC) + 8 + len(text) :]
+    bad.write_bytes(MAGIC + len(places).to_bytes(8, "little") + places + body)
+    with pytest.raises(UserError, match=r"bad\.dlp: its manifest has two files at a"):
+        unpack(bad)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.dlp", "model"]
+
+
+def test_a_file_takes_the_place_of_no_folder_and_a_folder_that_of_no_file(
+    artifact: Path, packed: Path, tmp_path: Path
+) -> None:
+    folder, file = tmp_path / "folder", tmp_path / "file"
+    folder.mkdir()
+    file.write_bytes(b"mine")
+    for force in (False, True):
+        with pytest.raises(UserError, match=r"folder is a folder, and a file is to be written; .*--output"):
+            pack(artifact, folder, force)
+        with pytest.raises(UserError, match=r"file is a file, and a folder is to be written; .*--output"):
+            unpack(packed, file, force)
+    assert file.read_bytes() == b"mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 
 
 def test_equal_files_are_stored_once(artifact: Path, tmp_path: Path) -> None:
