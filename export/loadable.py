@@ -30,12 +30,20 @@ def require_loadable(model: Path, engine: str) -> tuple[str, ...]:
         graph = onnx.load(str(model), load_external_data=False)
     except DecodeError:
         raise UserError(f"{model} is no ONNX graph; export it again") from None
-    locations = tuple(dict.fromkeys(ExternalDataInfo(tensor).location for tensor in _stored_outside(graph)))
+    locations = tuple(dict.fromkeys(_location(tensor, model) for tensor in _stored_outside(graph)))
     for location in locations:
         if not _is_beside(location):
             raise UserError(f"{model} reads {location!r}, which is not a file beside it; do not trust it")
     _require_known_format(graph, model, engine)
     return locations
+
+
+def _location(tensor: TensorProto, model: Path) -> str:
+    try:
+        return ExternalDataInfo(tensor).location
+    except ValueError as error:
+        reason = first_line(error)
+        raise UserError(f"{model} does not say where {tensor.name} is ({reason}); export it again") from None
 
 
 def _is_beside(location: str) -> bool:

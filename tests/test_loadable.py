@@ -36,6 +36,16 @@ def locate(name: str) -> Callable[[onnx.ModelProto], None]:
     return change
 
 
+def misplace(key: str, value: str) -> Callable[[onnx.ModelProto], None]:
+    def change(graph: onnx.ModelProto) -> None:
+        tensor = next(tensor for tensor in graph.graph.initializer if tensor.external_data)
+        for entry in tensor.external_data:
+            if entry.key == key:
+                entry.value = value
+
+    return change
+
+
 def hide_in_a_branch(graph: onnx.ModelProto) -> None:
     tensor = onnx.TensorProto(name="w", data_type=onnx.TensorProto.FLOAT, dims=[1])
     tensor.data_location = onnx.TensorProto.EXTERNAL
@@ -53,6 +63,13 @@ def test_what_was_exported_is_loadable(engine: str, artifact: Path) -> None:
 def test_weights_elsewhere_are_refused(name: str, artifact: Path) -> None:
     model = altered(artifact / "onnxruntime" / "model.onnx", locate(name))
     with pytest.raises(UserError, match="not a file beside it"):
+        require_loadable(model, "onnxruntime")
+
+
+@pytest.mark.parametrize(("key", "value"), [("offset", "here"), ("offset", "-1"), ("length", "-8")])
+def test_weights_at_no_place_are_refused(key: str, value: str, artifact: Path) -> None:
+    model = altered(artifact / "onnxruntime" / "model.onnx", misplace(key, value))
+    with pytest.raises(UserError, match=r"model\.onnx does not say where embedding is .*; export it again"):
         require_loadable(model, "onnxruntime")
 
 
