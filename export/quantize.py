@@ -49,7 +49,8 @@ def quantize(weight: np.ndarray, grid: Grid) -> Quantized:
 
 
 def grid_scale(weight: np.ndarray, grid: Grid) -> np.ndarray:
-    """Float32 [out, groups]; the step of `grid` that holds every weight of a group, 1 where all are zero.
+    """Float32 [out, groups]; the step of `grid` that holds every weight of a group, 1 where all are zero, or
+    too small for a step.
 
     A scale per channel is max|w| / highest. One per block is signed, as in GGML's Q4_0: the entry that
     is largest in magnitude maps to the lowest level, which uses the whole range of the grid.
@@ -110,4 +111,6 @@ def _steps(groups: np.ndarray, grid: Grid) -> np.ndarray:
     high, low = groups.max(axis=2), groups.min(axis=2)
     signed = np.where(high >= -low, high, low)
     peak, end = (np.abs(signed), grid.highest) if grid.block is None else (signed, grid.lowest)
-    return np.where(peak != 0, peak / np.float32(end), np.float32(1))
+    step = peak / np.float32(end)
+    # Where the weights are so small that a step of them is 0, they are as good as zeros.
+    return np.where(step != 0, step, np.float32(1))

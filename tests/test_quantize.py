@@ -48,6 +48,18 @@ def test_a_row_of_zeros_is_not_divided_by(grid: Grid) -> None:
     assert (quantize(np.zeros((3, 32), np.float32), grid).dequantize() == 0).all()
 
 
+@pytest.mark.parametrize("grid", [Grid(8), Grid(4), Grid(8, 32), Grid(4, 32)])
+@pytest.mark.filterwarnings("error")
+def test_weights_too_small_for_a_step_are_as_good_as_zeros(grid: Grid) -> None:
+    """Rows of tokens that no text has decay to such numbers."""
+    weight = np.zeros((2, 32), np.float32)
+    weight[0, 3], weight[1, 5] = 1.4e-45, 1.0
+    quantized = quantize(weight, grid)
+    assert (quantized.scale != 0).all()
+    assert (quantized.levels[weight == 0] == 0).all()
+    np.testing.assert_allclose(quantized.dequantize(), weight, atol=1e-6)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1))
