@@ -163,7 +163,7 @@ class _File:
                 yield from self._module(f"blk.{index}.{name}", f"{family.block(index)}.{module}")
         yield from self._module("output_norm", family.final_norm)
         # llama.cpp takes the embedding for the head where there is none.
-        if self.weights.shape(head) or self.kind == Q4_0:
+        if self.weights.shape(head) or self.kind == Q4_0 or family.head in self.kept:
             yield from self._module("output", family.head)
 
     def _module(self, name: str, module: str) -> Iterator[_Tensor]:

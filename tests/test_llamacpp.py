@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +45,13 @@ KNOWN = ("llama", "llama3.2", "mistral", "qwen2", "qwen2.5-tied", "qwen3", "llam
 QUICK: dict[str, Any] = {"cores": 1, "prompt_tokens": 8, "new_tokens": 4, "repeats": 1}
 
 
-def write(checkpoint: Path, folder: Path, precision: str) -> Written:
+def write(checkpoint: Path, folder: Path, precision: str, kept: Collection[str] = ()) -> Written:
     files = resolve_model(str(checkpoint))
     config = load_config(files)
     decoder = decoder_of(config)
     graph = Graph("llamacpp", precision, False, "llamacpp", "nearest")  # type: ignore[arg-type]
     weights = Weights(open_checkpoint(files), decoder)
-    return write_graph(folder, graph, weights, decoder, config, lambda: None)
+    return write_graph(folder, graph, weights, decoder, config, lambda: None, kept)
 
 
 def logits_in_torch(folder: Path) -> np.ndarray:
@@ -102,6 +102,16 @@ def test_a_quantized_file_is_run_as_its_weights_say(
     activations = np.abs(logits - expected[PROMPT - 1 :]).mean() / np.abs(expected).max()
     assert activations < 0.02
     assert np.abs(expected - exact).mean() / np.abs(exact).max() < (0.01 if precision == "int8" else 0.1)
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_a_tied_head_that_is_kept_is_kept(
+    precision: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    checkpoint = tiny_checkpoint("qwen2.5-tied")
+    written = write(checkpoint, tmp_path, precision, kept=("lm_head",))
+    (head,) = [t for t in GGUFReader(written.model).tensors if t.name == "output.weight"]
+    np.testing.assert_array_equal(head.data, torch_model(checkpoint).lm_head.weight.detach())
 
 
 @given(rows=st.integers(1, 4), blocks=st.integers(1, 3), seed=st.integers(0, 99))
