@@ -15,9 +15,9 @@ import torch
 from pydantic import ValidationError
 
 from ..artifact import CHECKPOINT, Activations, Export, OutputCheck
+from ..bench.cgroups import available_memory
 from ..bench.engines import Engine, engine_named, has_room
 from ..bench.environments import list_engines
-from ..bench.cgroups import available_memory
 from ..calibration import TokenWindows
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..families import Outline, decoder_of
@@ -262,7 +262,8 @@ def _keeps_as_asked(export: Export, graph: Graph, decoder: Outline) -> bool:
     if graph.grid is None or graph.keep_fp32 == "none":
         return not export.kept_fp32
     if graph.keep_fp32 == "auto":
-        return export.keep_fp32 == "auto" or bool(export.kept_fp32)
+        # Older releases did not say which layers they were asked to keep.
+        return export.keep_fp32 == "auto" or (export.keep_fp32 == "none" and bool(export.kept_fp32))
     return set(export.kept_fp32) == set(named_layers(graph.keep_fp32, decoder.linear_groups()))
 
 

@@ -189,6 +189,12 @@ def test_a_measurement_that_kept_nothing_is_not_repeated(artifact: Path) -> None
     assert before.items() <= written(artifact).items()
 
 
+def test_layers_kept_by_name_are_not_those_that_a_measurement_would_keep(artifact: Path) -> None:
+    export(artifact, "int8", **PLAIN, keep_fp32="lm_head", force=True)
+    with pytest.raises(UserError, match=r"onnxruntime-int8 exists; add --force"):
+        export(artifact, "int8,int4", **PLAIN, keep_fp32="auto")
+
+
 def test_a_further_precision_needs_no_force_and_takes_no_folder(artifact: Path) -> None:
     before = written(artifact)
     export(artifact, "int4", **PLAIN)
