@@ -8,6 +8,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from ..options import Cores
+
 MEASURE = "run"
 
 
@@ -26,10 +28,6 @@ app = typer.Typer(
     help="Measure decode latency against dense baselines; see also: bench sweep, compare, project.",
 )
 
-Cores = Annotated[
-    int | None,
-    typer.Option(help="Physical cores, one thread each. Default: all, but slow ones of a hybrid CPU."),
-]
 PromptTokens = Annotated[int, typer.Option(help="Tokens of the timed prompt.")]
 NewTokens = Annotated[int, typer.Option(help="Tokens to decode, greedily, each one timed.")]
 Context = Annotated[

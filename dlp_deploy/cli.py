@@ -25,6 +25,7 @@ from .options import (
     Baseline,
     BlockSize,
     Calib,
+    Cores,
     Device,
     Force,
     KeepFp32,
@@ -181,7 +182,7 @@ def evaluate(
     seqlen: Annotated[
         int | None, typer.Option(help="Tokens per window. Default: the model's, at most 2048.")
     ] = None,
-    cores: Annotated[int | None, typer.Option(help="Physical cores. Default: all.")] = None,
+    cores: Cores = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Perplexity of a model or an artifact, in the engine that will serve it, with its standard error."""
@@ -191,9 +192,7 @@ def evaluate(
 
     result = evaluate(**options)
     if as_json:
-        # JSON has no nan, which is the standard error of one window.
-        stderr = None if math.isnan(result.stderr) else result.stderr
-        print(json.dumps({**dataclasses.asdict(result), "stderr": stderr}))
+        print(json.dumps({name: _as_json(value) for name, value in dataclasses.asdict(result).items()}))
     else:
         print(
             f"{result.engine} {result.precision}: perplexity {result.perplexity:.3f} +- {result.stderr:.3f} "
@@ -201,14 +200,20 @@ def evaluate(
         )
 
 
+def _as_json(value: object) -> object:
+    """JSON has no nan, which is the standard error of one window, nor inf."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 @app.command()
 def serve(
     artifact: Annotated[Path, typer.Argument(help="Artifact folder.")],
     engine: Annotated[str, typer.Option(help="onnxruntime, deepsparse or llamacpp.")] = "onnxruntime",
     precision: Annotated[str | None, typer.Option(help="Which graph. Default: the artifact's own.")] = None,
-    cores: Annotated[int | None, typer.Option(help="Physical cores. Default: all.")] = None,
+    cores: Cores = None,
     context: Annotated[
-        int | None, typer.Option(help="Most tokens of prompt and reply. Default: 2048.")
+        int | None,
+        typer.Option(help="Most tokens of prompt and reply. Default: 2048, or as many as the model has."),
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8000,

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from .artifact import CHECKPOINT, MANIFEST, Export, check_files, graph_of, read_manifest
+from .bench.cores import choose_cores
 from .bench.engines import Engine, engine_named
 from .bench.environments import interpreter
-from .bench.cores import choose_cores
 from .bench.worker import EngineWorker
 from .blocks import logits_of
 from .calibration import TokenWindows, evaluation_windows
@@ -58,9 +58,10 @@ def evaluate(
     `model` is an artifact folder, or with engine "torch" anything that prune takes. `engine` is torch
     (the checkpoint, fp32, block by block), onnxruntime, deepsparse or llamacpp (the artifact's graphs).
     `precision` chooses among an artifact's graphs, `dense` its baseline. `seqlen` defaults to the model's
-    positions, at most 2048; `cores` is the number of physical cores (all). Raises UserError for an engine, a
-    graph or cores that are not there and for what torch has no use for, before anything is downloaded; when
-    files of the artifact are missing or altered; and when the text is out of reach, or shorter than a window.
+    positions, at most 2048; `cores` is the number of physical cores (all that this process may use, but slow
+    ones of a hybrid processor). Raises UserError for an engine, a graph or cores that are not there and for
+    what torch has no use for, before anything is downloaded; when files of the artifact are missing or
+    altered; and when the text is out of reach, or shorter than a window.
     """
     described = engine_named(engine)
     if engine == "torch" and (dense or precision not in (None, "fp32")):
@@ -73,7 +74,7 @@ def evaluate(
     graph = None if engine == "torch" else _graph(folder, described, precision, dense)
     files = _files(model, folder, engine)
     positions = outline_of(load_config(files)).max_positions
-    length = seqlen or min(2048, positions)
+    length = min(2048, positions) if seqlen is None else seqlen
     if length > positions:
         raise UserError(f"--seqlen {length} is longer than the {positions} positions of {model}")
     text = evaluation_windows(data, load_tokenizer(files), windows, length)

@@ -76,6 +76,14 @@ Baseline = Annotated[
         "Runtime), llamacpp-int8, ..., or none."
     ),
 ]
+Cores = Annotated[
+    int | None,
+    typer.Option(
+        help="Physical cores, one thread each. Default: all that this process may use, but slow ones of a "
+        "hybrid CPU.",
+        show_default=False,
+    ),
+]
 Rounding = Annotated[
     str,
     typer.Option(help="How weights are quantized: gptq (chosen on text, more accurate) or nearest (faster)."),

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from dlp_deploy import evaluation
@@ -100,6 +101,28 @@ def test_a_standard_error_that_is_not_known_is_null_in_json(
     ]
     assert found[0]["stderr"] is None
     assert found[1]["stderr"] > 0
+
+
+def test_a_perplexity_beyond_all_numbers_is_null_in_json(
+    llama_folder: Path, run: Callable[..., tuple[int, str, str]]
+) -> None:
+    weights = load_file(llama_folder / "model.safetensors")
+    weights["lm_head.weight"] *= 1e6
+    save_file(weights, llama_folder / "model.safetensors", metadata={"format": "pt"})
+    command = ("eval", llama_folder, "--data", "builtin", "--seqlen", "32", "--windows", "2")
+    status, out, _ = run(*command, "--json")
+    assert status == 0
+    assert json.loads(out, parse_constant=pytest.fail)["perplexity"] is None
+    assert "perplexity inf" in run(*command)[1]
+
+
+@pytest.mark.parametrize("option", ["--seqlen", "--windows"])
+def test_no_tokens_have_no_perplexity(
+    option: str, tiny_artifact: Path, run: Callable[..., tuple[int, str, str]]
+) -> None:
+    status, _, error = run("eval", tiny_artifact, "--data", "builtin", option, "0")
+    assert (status, error.count("\n")) == (2, 1)
+    assert "too few; the least is 1 window of 2" in error
 
 
 @pytest.mark.parametrize("options", [("--dense",), ("--precision", "int8")])

@@ -23,8 +23,9 @@ def serve(
     """Serve a sparse model of `artifact` until interrupted (SIGINT or SIGTERM).
 
     `precision` chooses among several graphs of one engine; the artifact's own unless told. `cores` is
-    the number of physical cores (all), `context` the most tokens of prompt and reply together (2048,
-    or fewer where the model has fewer), `port` 0 takes a free one.
+    the number of physical cores (all that this process may use, but slow ones of a hybrid processor),
+    `context` the most tokens of prompt and reply together (2048, or fewer where the model has fewer), `port`
+    0 takes a free one.
 
     Raises UserError when the artifact, engine, cores, context or address cannot be used, and
     WorkerError when the engine died, which ends the server once those who wait have been told.
