@@ -218,7 +218,8 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8000,
 ) -> None:
-    """Serve an artifact over HTTP as OpenAI's API does: completions and chat, streaming.
+    """Serve an artifact over HTTP as OpenAI's API does: completions and chat, whole or streamed, with several
+    choices (n) and logprobs. What is not there (tools, penalties, echo, ...) is refused by name.
 
     Ctrl-C or SIGTERM ends it (status 0).
     When the engine dies, all who wait get an error, and the server ends (status 1, one line that says how).

@@ -6,11 +6,12 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+from openai import OpenAI
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -18,7 +19,7 @@ from dlp_deploy.calibration import builtin_text
 from dlp_deploy.cli import main
 
 from .artifacts import pruned, with_graphs
-from .servers import served_artifact
+from .servers import POSITIONS, ServerProcess, served_artifact, serving
 from .tiny_models import TINY_CONFIGS, VOCABULARY, checkpoints, save_tiny_model
 
 # Neither a deadline nor the check for slow data: both fail where the machine is busy, and nothing is wrong.
@@ -103,6 +104,18 @@ def tiny_artifact(tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pyte
 def served(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
     """The artifact of tests/servers.py, made once; not to be altered."""
     return served_artifact(tmp_path_factory.mktemp("served"), tiny_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def server(served: Path) -> Iterator[ServerProcess]:
+    """One that serves all that the model has room for, for the tests of one file."""
+    with serving(served, context=POSITIONS) as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def client(server: ServerProcess) -> OpenAI:
+    return server.client
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The server, asked by the real client: right text, right errors, and clients that leave."""
+"""The server, asked by the real client: the right text, also where other clients leave or are many."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from .servers import (
     serving,
     wait_until,
 )
-from .tiny_models import VOCABULARY
+from .tiny_models import VOCABULARY, torch_model
 
 PROMPTS = ["def main():", "The quick brown fox", "import", "Grüße, 世界 😀", "a = [1, 2, 3]", "x" * 300]
 # More than any test waits for.
@@ -40,21 +40,10 @@ Greedy = Callable[[str, int], list[int]]
 
 
 @pytest.fixture(scope="module")
-def server(served: Path) -> Iterator[ServerProcess]:
-    with serving(served, context=POSITIONS) as process:
-        yield process
-
-
-@pytest.fixture(scope="module")
 def deepsparse_server(served: Path) -> Iterator[ServerProcess]:
     install("deepsparse")
     with serving(served, engine="deepsparse", precision="fp32", context=2048) as process:
         yield process
-
-
-@pytest.fixture(scope="module")
-def client(server: ServerProcess) -> OpenAI:
-    return server.client
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +158,82 @@ def test_a_seed_repeats_a_sampled_text(client: OpenAI) -> None:
         complete(client, temperature=1.0, top_p=0, max_tokens=30).choices[0].text
         == complete(client, max_tokens=30).choices[0].text
     )
+
+
+def test_several_choices_are_as_those_of_several_requests(client: OpenAI, tokenizer: Any) -> None:
+    options: dict[str, Any] = {"max_tokens": 12, "temperature": 1.0}
+    alone = [complete(client, p, seed=s, **options).choices[0].text for p in PROMPTS[:2] for s in (7, 8, 9)]
+    assert len(set(alone)) == 6
+    reply = complete(client, PROMPTS[:2], n=3, seed=7, **options)
+    assert [(choice.index, choice.text) for choice in reply.choices] == list(enumerate(alone))
+    count = sum(len(tokenizer(prompt)["input_ids"]) for prompt in PROMPTS[:2])
+    assert (reply.usage.prompt_tokens, reply.usage.completion_tokens) == (count, 72)
+    assert reply.usage.prompt_tokens_details.cached_tokens < count
+    said = chat(client, ("user", "Hello"), n=2).choices
+    streamed = ["", ""]
+    for chunk in chat(client, ("user", "Hello"), n=2, stream=True):
+        streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert streamed == [choice.message.content for choice in said]
+    assert streamed[0] == streamed[1] != ""
+
+
+def likelihoods(served: Path, ids: list[int], new: list[int]) -> torch.Tensor:
+    """Logarithms of what torch gives each token that has a text, in the place of each new one."""
+    model = torch_model(served / CHECKPOINT)
+    with torch.inference_mode():
+        logits = model(torch.tensor([ids + new])).logits[0, len(ids) - 1 : -1, :VOCABULARY]
+    return logits.log_softmax(-1)
+
+
+def test_likelihoods_of_a_completion_are_those_of_torch(
+    client: OpenAI, served: Path, tokenizer: Any, greedy: Greedy
+) -> None:
+    tokens = greedy(PROMPTS[0], 20)
+    expected = likelihoods(served, tokenizer(PROMPTS[0])["input_ids"], tokens)
+    # What is sampled from is not what is told.
+    options = {"max_tokens": 20, "temperature": 1.5, "top_p": 0}
+    choice = complete(client, PROMPTS[0], logprobs=3, **options).choices[0]
+    assert choice.text == text_of(tokenizer, tokens)
+    found = choice.logprobs
+    assert found.tokens == [tokenizer.decode(token) for token in tokens]
+    torch.testing.assert_close(
+        torch.tensor(found.token_logprobs), expected.max(-1).values, rtol=1e-4, atol=1e-4
+    )
+    for likeliest, row in zip(found.top_logprobs, expected, strict=True):
+        assert max(likeliest.values()) == pytest.approx(float(row.max()), rel=1e-4)
+        assert 1 <= len(likeliest) <= 3
+    starts = [len(tokenizer.decode(tokens[:count]).rstrip("\ufffd")) for count in range(20)]
+    assert found.text_offset == starts
+    chunks = list(complete(client, PROMPTS[0], logprobs=3, stream=True, **options))
+    streamed = [chunk.choices[0].logprobs for chunk in chunks]
+    for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+        assert [value for part in streamed for value in getattr(part, name)] == getattr(found, name)
+    assert complete(client, PROMPTS[0], max_tokens=2).choices[0].logprobs is None
+    assert complete(client, PROMPTS[0], max_tokens=2, logprobs=0).choices[0].logprobs.top_logprobs == [{}, {}]
+
+
+def test_likelihoods_of_a_chat_are_those_of_torch(
+    client: OpenAI, served: Path, tokenizer: Any, greedy: Greedy
+) -> None:
+    rendered = "user: Grüße\nassistant:"
+    tokens = greedy(rendered, 20)
+    expected = likelihoods(served, tokenizer(rendered)["input_ids"], tokens)
+    found = chat(client, ("user", "Grüße"), logprobs=True, top_logprobs=2).choices[0].logprobs.content
+    for entry, token, row in zip(found, tokens, expected, strict=True):
+        text = tokenizer.decode(token)
+        assert (entry.token, entry.bytes) == (text, None if "\ufffd" in text else list(text.encode()))
+        assert entry.logprob == pytest.approx(float(row[token]), rel=1e-4, abs=1e-4)
+        best = row.topk(2)
+        assert [other.logprob for other in entry.top_logprobs] == pytest.approx(
+            best.values.tolist(), rel=1e-4
+        )
+    chunks = list(chat(client, ("user", "Grüße"), logprobs=True, top_logprobs=2, stream=True))
+    parts = [chunk.choices[0].logprobs for chunk in chunks]
+    assert [entry for part in parts if part for entry in part.content] == found
+    for options in ({}, {"logprobs": False}):
+        with pytest.raises(openai.BadRequestError, match="top_logprobs: needs logprobs to be true"):
+            chat(client, ("user", "Hello"), top_logprobs=2, **options)
+    assert chat(client, ("user", "Hello"), top_logprobs=0, logprobs=False).choices[0].logprobs is None
 
 
 def test_requests_at_once_are_answered_as_if_alone(client: OpenAI) -> None:
@@ -316,128 +381,4 @@ def test_a_client_that_leaves_the_queue_frees_its_place(server: ServerProcess, c
                 complete(client, max_tokens=1, timeout=0.3, stream=stream)
         wait_until(lambda: server.health["waiting"] == 0)
     running.close()
-    assert complete(client, max_tokens=1).usage.completion_tokens == 1
-
-
-# --- errors, as OpenAI words them ---
-
-
-def test_the_model_is_listed(client: OpenAI) -> None:
-    assert [model.id for model in client.models.list()] == [NAME]
-    assert client.models.retrieve(NAME).id == NAME
-    with pytest.raises(openai.NotFoundError, match="there is no model 'gpt-4'"):
-        client.models.retrieve("gpt-4")
-
-
-@pytest.mark.parametrize(
-    ("options", "param", "message"),
-    [
-        ({"model": "gpt-4"}, "model", "there is no model 'gpt-4' here; this server has 'tiny-dlp-s70'"),
-        ({"temperature": 2.5}, "temperature", "less than or equal to 2"),
-        ({"temperature": -1}, "temperature", "greater than or equal to 0"),
-        ({"top_p": 1.1}, "top_p", "less than or equal to 1"),
-        ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
-        ({"max_tokens": "many"}, "max_tokens", "valid integer"),
-        ({"max_tokens": POSITIONS}, "prompt", "the context has 4096 tokens; .* do not fit"),
-        ({"stop": ["a", ""]}, "stop.1", "at least 1 character"),
-        ({"stop": ["a"] * 17}, "stop", "at most 16 items"),
-        ({"n": 2}, "n", "not supported"),
-        ({"logprobs": 0}, "logprobs", "not supported"),
-        ({"echo": True}, "echo", "not supported"),
-        ({"presence_penalty": 0.5}, "presence_penalty", "not supported"),
-        ({"extra_body": {"top_k": 5}}, "top_k", "not supported"),
-        ({"seed": 1.5}, "seed", "valid integer"),
-        ({"prompt": []}, "prompt", "at least 1 item"),
-        ({"prompt": ""}, "prompt", "the prompt is empty"),
-        ({"prompt": [1, 100_000]}, "prompt", "token 100000 is not in the model's vocabulary of 520"),
-        ({"prompt": {"text": "x"}}, "prompt", "valid"),
-        ({"prompt": None}, "prompt", "valid"),
-    ],
-)
-def test_a_request_that_cannot_be_answered_says_which_field(
-    client: OpenAI, options: dict[str, Any], param: str, message: str
-) -> None:
-    for stream in (False, True):
-        with pytest.raises(openai.APIStatusError, match=message) as raised:
-            complete(client, **{"max_tokens": 4, "stream": stream} | options)
-        assert raised.value.status_code == (404 if param == "model" else 400)
-        assert raised.value.param.startswith(param)
-
-
-def test_what_asks_for_nothing_is_taken(client: OpenAI) -> None:
-    neutral = {"n": 1, "presence_penalty": 0, "frequency_penalty": 0.0, "user": "me", "logit_bias": {}}
-    assert complete(client, max_tokens=2, stop=None, **neutral).usage.completion_tokens == 2
-
-
-@pytest.mark.parametrize(
-    ("messages", "match"),
-    [
-        ([], "messages: .*at least 1 item"),
-        ([("robot", "x")], "messages.0.role"),
-        ([("user", None)], "messages.0.content"),
-        ([("user", [{"type": "image_url", "image_url": {"url": "x"}}])], "messages.0.content.0.type"),
-        ([("tool", "x")], "chat template: no tools here"),
-        ([("user", "one")], "chat template: unsupported operand"),
-    ],
-)
-def test_a_chat_that_cannot_be_answered_says_why(client: OpenAI, messages: list[Any], match: str) -> None:
-    with pytest.raises(openai.BadRequestError, match=match):
-        chat(client, *messages)
-
-
-@pytest.mark.parametrize(
-    ("content", "kind", "match"),
-    [
-        (b'{"model":', "application/json", "the body is not JSON"),
-        (b"[1]", "application/json", "must be a JSON object"),
-        (b"model=x", "application/x-www-form-urlencoded", "must be a JSON object, sent as application/json"),
-        (b'{"model": "tiny-dlp-s70", "prompt": "\\ud800"}', "application/json", "prompt"),
-        (b'{"model": "tiny-dlp-s70", "prompt": "x", "temperature": NaN}', "application/json", "temperature"),
-        (b"[" * 200_000, "application/json", "parsing the body"),
-        (b"9" * 10_000, "application/json", "parsing the body"),
-    ],
-)
-def test_bodies_that_are_no_request_are_refused(
-    server: ServerProcess, content: bytes, kind: str, match: str
-) -> None:
-    reply = httpx.post(f"{server.url}/completions", content=content, headers={"content-type": kind})
-    assert reply.status_code == 400
-    assert match in reply.json()["error"]["message"]
-
-
-def test_unknown_paths_have_errors_in_the_same_form(server: ServerProcess) -> None:
-    assert httpx.get(f"{server.url}/nothing").json()["error"]["type"] == "not_found_error"
-    assert httpx.get(f"{server.url}/completions").status_code == 405
-
-
-def test_a_local_server_answers_to_local_names_only(server: ServerProcess) -> None:
-    reply = httpx.get(f"{server.url}/models", headers={"host": "a.web.page:80"})
-    assert reply.status_code == 400
-    port = httpx.URL(server.url).port
-    assert httpx.get(f"{server.url}/models", headers={"host": f"localhost:{port}"}).status_code == 200
-
-
-def test_a_local_server_answers_to_the_name_that_it_was_given(served: Path) -> None:
-    with serving(served, host="127.0.0.2", context=64) as server:
-        assert httpx.URL(server.url).host == "127.0.0.2"
-        assert complete(server.client, max_tokens=1).usage.completion_tokens == 1
-        reply = httpx.get(f"{server.url}/models", headers={"host": "a.web.page:80"})
-        assert reply.status_code == 400
-
-
-def test_a_body_that_no_context_holds_is_refused_while_it_comes(
-    server: ServerProcess, client: OpenAI
-) -> None:
-    with pytest.raises(openai.BadRequestError, match="the context has 4096 tokens"):
-        complete(client, "a b " * 700_000)
-    for stream in (False, True):
-        with pytest.raises(openai.APIStatusError, match="the body is too long") as raised:
-            complete(client, "a b " * 3_000_000, stream=stream)
-        assert (raised.value.status_code, raised.value.type) == (413, "invalid_request_error")
-
-    def endless() -> Iterator[bytes]:
-        for _ in range(100):
-            yield b" " * 2**16
-
-    assert httpx.post(f"{server.url}/completions", content=endless(), timeout=60).status_code == 413
     assert complete(client, max_tokens=1).usage.completion_tokens == 1

@@ -13,10 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, trainers
-from transformers import TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import PreTrainedTokenizerFast, TemperatureLogitsWarper, TopPLogitsWarper
 
+from dlp_deploy.serving.codec import Codec
 from dlp_deploy.serving.decoding import Busy, Turns
-from dlp_deploy.serving.sampling import Sampling, choose_token, nucleus, probabilities
+from dlp_deploy.serving.sampling import Sampling, choose_token, likelihood, nucleus, probabilities
 from dlp_deploy.serving.text import INCOMPLETE, Detokenizer, StopStrings
 
 # --- sampling ---
@@ -74,6 +75,18 @@ def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
 def test_logits_that_are_not_finite_are_refused(bad: float) -> None:
     with pytest.raises(ValueError, match="not finite"):
         choose_token(np.array([0, bad], "f4"), Sampling(), np.random.default_rng(0))
+
+
+@given(logits=LOGITS, token=st.integers(0, 299), most=st.sampled_from([0, 1, 5, 400]))
+def test_likelihoods_are_the_log_softmax_of_torch(logits: np.ndarray, token: int, most: int) -> None:
+    expected = torch.from_numpy(logits).double().log_softmax(-1)
+    found = likelihood(logits, token, most)
+    assert (found.token, len(found.likeliest)) == (token, min(most, 300))
+    assert found.logprob == pytest.approx(float(expected[token]), rel=1e-9)
+    for other, logprob in found.likeliest:
+        assert logprob == pytest.approx(float(expected[other]), rel=1e-9)
+    best = expected.topk(min(most, 300)).values.tolist()
+    assert [logprob for _, logprob in found.likeliest] == pytest.approx(best, rel=1e-9)
 
 
 # --- text from tokens ---
@@ -154,6 +167,14 @@ def test_a_character_comes_when_its_last_byte_does(byte_level: Tokenizer, senten
     for tokenizer in (byte_level, sentencepiece):
         ids = tokenizer.encode("a😀b").ids
         assert [piece for piece in pieces(tokenizer, ids) if piece] == ["a", "😀", "b"]
+
+
+def test_a_token_alone_has_the_text_that_it_adds(byte_level: Tokenizer, sentencepiece: Tokenizer) -> None:
+    for tokenizer, text in ((byte_level, "the cat  sat 1é"), (sentencepiece, " the cat  sat 1")):
+        codec = Codec(PreTrainedTokenizerFast(tokenizer_object=tokenizer), frozenset(), 512)
+        ids = tokenizer.encode(text.lstrip()).ids
+        texts = [codec.text_of(token) for token in ids]
+        assert "".join(texts).rstrip(INCOMPLETE) == text.rstrip("é")
 
 
 # --- stop strings ---

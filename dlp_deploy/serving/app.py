@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import anyio
@@ -19,7 +20,8 @@ from .body_limit import BodyLimit
 from .codec import Codec
 from .decoding import Generator, Job
 from .failures import ApiError, add_error_handlers, error_of
-from .protocol import MAX_PROMPTS, ChatRequest, Choice, CompletionRequest, Reply
+from .logprobs import of_chat, of_completion
+from .protocol import MAX_CHOICES, MAX_PROMPTS, ChatRequest, Choice, CompletionRequest, Reply
 
 # OpenAI's default for completions; a chat reply may fill the context.
 COMPLETION_TOKENS = 16
@@ -28,6 +30,8 @@ TOKEN_BYTES = 8
 OTHER_BYTES = 2**20
 # How long a client may leave a stream unread once all buffers on the way are full.
 STALLED_S = 15
+
+AnyRequest = CompletionRequest | ChatRequest
 
 logger = logging.getLogger(__name__)
 
@@ -67,16 +71,14 @@ def create_app(served: Served) -> FastAPI:
         _check_model(served, body.model)
         prompts = [await asyncio.to_thread(served.codec.encode, prompt) for prompt in body.prompts]
         limit = body.max_tokens or COMPLETION_TOKENS
-        jobs = [_job(served, body, prompt, limit, continues=True) for prompt in prompts]
-        return await _answer(served, request, body, jobs, Reply(served.name, chat=False))
+        return await _answer(served, request, body, prompts, limit)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         _check_model(served, body.model)
         prompt = await asyncio.to_thread(served.codec.encode_chat, body.messages)
         limit = body.max_completion_tokens or body.max_tokens or max(1, served.context - len(prompt))
-        jobs = [_job(served, body, prompt, limit, continues=False)]
-        return await _answer(served, request, body, jobs, Reply(served.name, chat=True))
+        return await _answer(served, request, body, [prompt], limit)
 
     return app
 
@@ -97,23 +99,37 @@ def _check_model(served: Served, name: str) -> None:
         raise ApiError(404, message, param="model", code="model_not_found")
 
 
-def _job(
-    served: Served, body: CompletionRequest | ChatRequest, prompt: list[int], limit: int, continues: bool
-) -> Job:
-    if len(prompt) + limit > served.context:
+def _jobs(served: Served, body: AnyRequest, prompts: Sequence[list[int]], limit: int) -> list[Job]:
+    """What to generate for each prompt, as often as there are choices; seeds differ between these."""
+    if len(prompts) * body.choices > MAX_CHOICES:
+        raise ApiError(400, f"{len(prompts)} prompts with {body.choices} choices are too many", param="n")
+    for prompt in prompts:
+        _require_room(served, body, len(prompt), limit)
+    continues = isinstance(body, CompletionRequest)
+    seeds = [None if body.seed is None else body.seed + choice for choice in range(body.choices)]
+    return [
+        Job(tuple(prompt), limit, body.sampling, seed, body.stops, continues, body.likeliest)
+        for prompt in prompts
+        for seed in seeds
+    ]
+
+
+def _require_room(served: Served, body: AnyRequest, length: int, limit: int) -> None:
+    if length + limit > served.context:
         raise ApiError(
             400,
-            f"the context has {served.context} tokens; {len(prompt)} in the prompt and {limit} to generate "
+            f"the context has {served.context} tokens; {length} in the prompt and {limit} to generate "
             "do not fit; shorten the prompt, or lower max_tokens",
             param="messages" if isinstance(body, ChatRequest) else "prompt",
             code="context_length_exceeded",
         )
-    return Job(tuple(prompt), limit, body.sampling, body.seed, body.stops, continues)
 
 
 async def _answer(
-    served: Served, request: Request, body: CompletionRequest | ChatRequest, jobs: list[Job], reply: Reply
+    served: Served, request: Request, body: AnyRequest, prompts: Sequence[list[int]], limit: int
 ) -> Response:
+    jobs = _jobs(served, body, prompts, limit)
+    reply = _reply(served, body, sum(map(len, prompts)))
     if not body.stream:
         return await _while_connected(request, _whole(served, jobs, reply))
     events = _events(served, jobs, reply, body.streams_usage)
@@ -121,12 +137,19 @@ async def _answer(
     return await _while_connected(request, _started(events))
 
 
+def _reply(served: Served, body: AnyRequest, prompt_tokens: int) -> Reply:
+    chat = isinstance(body, ChatRequest)
+    form = partial(of_chat if chat else of_completion, text_of=served.codec.text_of)
+    wanted = body.likeliest is not None
+    return Reply(served.name, chat, body.choices, prompt_tokens, form if wanted else None)
+
+
 async def _whole(served: Served, jobs: list[Job], reply: Reply) -> Response:
     choices = [Choice() for _ in jobs]
     async with aclosing(served.generator.pieces(jobs)) as pieces:
         async for index, piece in pieces:
             choices[index].add(piece)
-    return JSONResponse(reply.whole(choices, _prompt_tokens(jobs)))
+    return JSONResponse(reply.whole(choices))
 
 
 async def _events(
@@ -138,14 +161,10 @@ async def _events(
             if not choices[index].tokens and (opening := reply.opening(index)):
                 yield opening
             choices[index].add(piece)
-            if piece.text or piece.finish:
-                yield reply.chunk(index, piece.text, piece.finish)
+            if piece.text or piece.finish or piece.likelihood is not None:
+                yield reply.chunk(index, piece)
     if with_usage:
-        yield reply.closing(choices, _prompt_tokens(jobs))
-
-
-def _prompt_tokens(jobs: list[Job]) -> int:
-    return sum(len(job.prompt) for job in jobs)
+        yield reply.closing(choices)
 
 
 async def _started(events: AsyncGenerator[dict[str, Any], None]) -> Response:

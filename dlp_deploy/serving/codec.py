@@ -59,6 +59,10 @@ class Codec:
             raise ApiError(400, message, param)
         return ids
 
+    def text_of(self, token: int) -> str:
+        """What a token adds to a text, with the space that a decoder strips where a text begins."""
+        return self.decode([token, token])[len(self.decode([token])) :]
+
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._rust.decode(list(ids), skip_special_tokens=True))
 

@@ -6,13 +6,13 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 
 from ..bench.worker import EngineWorker, WorkerError
-from .sampling import Sampling, choose_token
+from .sampling import Likelihood, Sampling, choose_token, likelihood
 from .text import Detokenizer, StopStrings
 
 # Tokens before the first new one that a decoder may look at for spaces and split characters.
@@ -103,6 +103,7 @@ class Job:
     """What to generate: at most `max_tokens` tokens after `prompt`.
 
     `continues` says that the text goes on where the prompt's ends, rather than being one of its own.
+    `likeliest` is how many of the likeliest tokens are wanted for each place, None where no likelihoods are.
     """
 
     prompt: tuple[int, ...]
@@ -111,19 +112,32 @@ class Job:
     seed: int | None = None
     stops: tuple[str, ...] = ()
     continues: bool = True
+    likeliest: int | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One generated token, and how likely it was, if that is wanted."""
+
+    token: int
+    likelihood: Likelihood | None
 
 
 @dataclass(frozen=True)
 class Piece:
     """Text of one step, `tokens` generated so far, and `reused` prompt tokens that were in the cache.
 
-    The last piece has a `finish`: "stop" at an end token or stop string, else "length".
+    The last piece has a `finish`: "stop" at an end token or stop string, else "length". `likelihood` is that
+    of the step's token, if it is wanted and no end token; its text begins `offset` characters behind the
+    beginning of the reply.
     """
 
     text: str
     tokens: int
     reused: int
     finish: Literal["stop", "length"] | None = None
+    likelihood: Likelihood | None = None
+    offset: int = 0
 
 
 class Generator:
@@ -177,22 +191,24 @@ class Generator:
         before = job.prompt[-TEXT_CONTEXT:] if job.continues else ()
         text, stops = Detokenizer(self._decode, before), StopStrings(job.stops)
         async with aclosing(self._tokens(job)) as tokens:
-            count = reused = 0
-            async for token, reused in tokens:
+            count = end = 0
+            async for step, reused in tokens:
                 count += 1
-                if token in self._ends:
+                if step.token in self._ends:
                     yield Piece(stops.push(text.finish()) + stops.finish(), count, reused, "stop")
                     return
-                piece = stops.push(text.push(token))
+                offset, settled = end, text.push(step.token)
+                end += len(settled)
+                piece = Piece(stops.push(settled), count, reused, None, step.likelihood, offset)
                 if stops.found:
-                    yield Piece(piece, count, reused, "stop")
+                    yield replace(piece, finish="stop")
                     return
                 if count < job.max_tokens:
-                    yield Piece(piece, count, reused)
-            rest = stops.push(text.finish())
-            yield Piece(piece + rest + stops.finish(), count, reused, "stop" if stops.found else "length")
+                    yield piece
+            rest = stops.push(text.finish()) + stops.finish()
+            yield replace(piece, text=piece.text + rest, finish="stop" if stops.found else "length")
 
-    async def _tokens(self, job: Job) -> AsyncGenerator[tuple[int, int], None]:
+    async def _tokens(self, job: Job) -> AsyncGenerator[tuple[Step, int], None]:
         random = np.random.default_rng(None if job.seed is None else job.seed % 2**64)
         reused = await self._call(self._engine.begin, job.prompt)
         pending = job.prompt[reused:]
@@ -200,18 +216,19 @@ class Generator:
             await self._call(self._engine.extend, pending[: self._prompt_step])
             pending = pending[self._prompt_step :]
         for _ in range(job.max_tokens):
-            token = await self._call(self._next, pending, job.sampling, random)
-            pending = (token,)
+            step = await self._call(self._next, pending, job, random)
+            pending = (step.token,)
             self.generated += 1
-            yield token, reused
+            yield step, reused
 
-    def _next(self, ids: Sequence[int], sampling: Sampling, random: np.random.Generator) -> int:
+    def _next(self, ids: Sequence[int], job: Job, random: np.random.Generator) -> Step:
         logits = self._engine.extend(ids)[: self._vocabulary]
         try:
-            return choose_token(logits, sampling, random)
+            token = choose_token(logits, job.sampling, random)
         except ValueError as error:
             self._engine.restart()
             raise EngineFault(str(error)) from None
+        return Step(token, None if job.likeliest is None else likelihood(logits, token, job.likeliest))
 
     async def _call(self, function: Callable[..., T], *arguments: Any) -> T:
         loop = asyncio.get_running_loop()

@@ -1,4 +1,4 @@
-"""The choice of the next token from the logits of the last position."""
+"""The choice of the next token from the logits of the last position, and how likely it was."""
 
 from __future__ import annotations
 
@@ -14,6 +14,26 @@ class Sampling:
 
     temperature: float = 1.0
     top_p: float = 1.0
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """The natural logarithm of a token's probability, and the likeliest tokens with theirs, likeliest first.
+
+    As the model has them: `Sampling` changes nothing of it.
+    """
+
+    token: int
+    logprob: float
+    likeliest: tuple[tuple[int, float], ...]
+
+
+def likelihood(logits: NDArray[np.float32], token: int, most: int) -> Likelihood:
+    """That of `token`, and the `most` likeliest (or all), by finite logits float32 [vocabulary]."""
+    shifted = logits.astype(np.float64) - logits.max()
+    logprobs = shifted - np.log(np.exp(shifted).sum())
+    first = np.argsort(-logprobs, kind="stable")[:most] if most else ()
+    return Likelihood(token, float(logprobs[token]), tuple((int(t), float(logprobs[t])) for t in first))
 
 
 def choose_token(logits: NDArray[np.float32], sampling: Sampling, random: np.random.Generator) -> int:

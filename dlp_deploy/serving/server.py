@@ -99,7 +99,7 @@ def _keep_to_this_machine(app: FastAPI, listener: socket.socket, host: str) -> N
     """On loopback, refuse names that nobody gave this host: web pages reach local servers by such names."""
     address = listener.getsockname()[0]
     if ipaddress.ip_address(address).is_loopback:
-        given = (f"[{name}]" if ":" in name else name for name in (host, address))
+        given = (f"[{name}]" if ":" in name else name.lower() for name in (host, address))
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK_NAMES, *given])
     else:
         say(f"{_url(listener)} is open to the network, without a password")
