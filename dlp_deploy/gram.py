@@ -57,7 +57,8 @@ def inverse_factor(gram: torch.Tensor, order: torch.Tensor | None = None) -> tor
         assert before is not None
         unpack(before, gram)
     raise UserError(
-        "the activations are too degenerate for SparseGPT; use more calibration text, or --method wanda"
+        "the activations are too degenerate for SparseGPT and GPTQ; use more calibration text, or what does "
+        "without: prune --method wanda, export --rounding nearest"
     )
 
 
