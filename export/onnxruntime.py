@@ -3,7 +3,9 @@
 Inputs, as optimum and onnxruntime-genai feed them: input_ids [batch, tokens] and attention_mask
 [batch, length] (int64), past_key_values.{i}.{key,value} float32 [batch, kv_heads, past, head_dim].
 GroupQueryAttention rotates, appends to the cache and attends; when past and present are bound to
-one buffer, it appends in place.
+one buffer, it appends in place. It takes as many tokens of a row as the mask has ones there, from its first
+one on: the texts of a batch must be of one length, or padded on the right. (On the left, as transformers'
+generate wants it, their logits are wrong.)
 """
 
 from __future__ import annotations

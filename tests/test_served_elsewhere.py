@@ -123,6 +123,23 @@ def test_optimum_generates_what_torch_does(artifact: Path) -> None:
         assert output[0, inputs["input_ids"].shape[1] :].tolist() == reference.tokens(prompt)
 
 
+@pytest.mark.parametrize("artifact", ["llama", "opt"], indirect=True)
+def test_optimum_takes_texts_of_one_length_at_once_and_shorter_ones_padded_on_the_right(
+    artifact: Path,
+) -> None:
+    reference = Torch(artifact)
+    model = ORTModelForCausalLM.from_pretrained(artifact / "onnxruntime")
+    ids = torch.tensor([reference.ids(text * 9)[:12] for text in PROMPTS])
+    mask = torch.ones_like(ids)
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
+    expected = reference.model.generate(ids, attention_mask=mask, **options)
+    assert model.generate(ids, attention_mask=mask, **options).tolist() == expected.tolist()
+    mask[1, 7:] = 0
+    with torch.inference_mode():
+        logits = model(input_ids=ids, attention_mask=mask).logits[1, :7]
+        torch.testing.assert_close(logits, reference.model(ids[1:2, :7]).logits[0], rtol=1e-4, atol=1e-4)
+
+
 has_genai = pytest.mark.skipif(
     sys.version_info < (3, 11), reason="onnxruntime-genai has no release for Python 3.10"
 )
