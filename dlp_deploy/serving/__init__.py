@@ -1,7 +1,8 @@
 """An OpenAI-compatible server over one engine worker.
 
-sampling (logits -> token) and text (tokens -> text) are pure; decoding runs the engine, one sequence at
-a time; protocol is the shape of requests and replies; app puts them on HTTP, server gives it a process.
+sampling (logits -> token), text (tokens -> text) and logprobs are pure; codec is the tokenizer; decoding
+runs the engine, one sequence at a time; protocol is the shape of requests and replies, failures that of
+errors; app puts them on HTTP, server gives it a process, start loads the engine for it.
 """
 
 from __future__ import annotations

@@ -12,17 +12,22 @@ TextOf = Callable[[int], str]
 
 
 def of_completion(pieces: Sequence[Piece], text_of: TextOf) -> dict[str, Any]:
-    """Lists with an entry for each token. Of likeliest tokens with one text, the likeliest counts."""
+    """Lists with an entry for each token."""
     found = [(piece.likelihood, piece.offset) for piece in pieces if piece.likelihood is not None]
     return {
         "tokens": [text_of(likelihood.token) for likelihood, _ in found],
         "token_logprobs": [likelihood.logprob for likelihood, _ in found],
-        "top_logprobs": [
-            {text_of(token): logprob for token, logprob in reversed(likelihood.likeliest)}
-            for likelihood, _ in found
-        ],
+        "top_logprobs": [_by_text(likelihood.likeliest, text_of) for likelihood, _ in found],
         "text_offset": [offset for _, offset in found],
     }
+
+
+def _by_text(likeliest: Sequence[tuple[int, float]], text_of: TextOf) -> dict[str, float]:
+    """Of tokens with one text, the likeliest counts."""
+    found: dict[str, float] = {}
+    for token, logprob in likeliest:
+        found.setdefault(text_of(token), logprob)
+    return found
 
 
 def of_chat(pieces: Sequence[Piece], text_of: TextOf) -> dict[str, Any]:

@@ -32,7 +32,10 @@ def likelihood(logits: NDArray[np.float32], token: int, most: int) -> Likelihood
     """That of `token`, and the `most` likeliest (or all), by finite logits float32 [vocabulary]."""
     shifted = logits.astype(np.float64) - logits.max()
     logprobs = shifted - np.log(np.exp(shifted).sum())
-    first = np.argsort(-logprobs, kind="stable")[:most] if most else ()
+    # Not all are sorted: that would take as long as a token of a small model.
+    most = min(most, len(logprobs))
+    candidates = np.argpartition(-logprobs, most - 1)[:most]
+    first = candidates[np.argsort(-logprobs[candidates])]
     return Likelihood(token, float(logprobs[token]), tuple((int(t), float(logprobs[t])) for t in first))
 
 
