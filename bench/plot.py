@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from ..storage import atomic_path
-from .report import Report, Run
+from .report import Comparison, Report, Run
 
 DENSE, SPARSE = "#9aa5b1", "#2a8c82"
 FP32, BEST = "#1d6fa5", "#e08e45"
 INK = "#22303c"
+# Of the headings' font.
+LETTERS_PER_INCH = 10.5
+# An interval of two rounds may be a thousand times as wide as its middle, which would then not be seen.
+SHOWN = 2.0
+# Inches.
+LEGEND_LINE = 0.21
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -32,6 +41,17 @@ def save(figure: Figure, path: Path) -> None:
             figure.savefig(temporary, format=kind)
 
 
+def set_heading(figure: Figure, text: str) -> None:
+    """The title of a figure, in as many lines as its width asks for."""
+    width = int(LETTERS_PER_INCH * figure.get_figwidth())
+    figure.suptitle(fill(text, width), fontsize=11, color=INK, x=0.01, ha="left")
+
+
+def shown_to(values: Iterable[float]) -> float:
+    """The most that an axis shows, for the sake of these values; what leads beyond is cut off."""
+    return SHOWN * max(values, default=1.0)
+
+
 def overview(report: Report) -> Figure:
     """One bar per timed run on the left, and the speed-ups of sparse runs on the right."""
     timed = [run for run in report.runs if run.tpot_ms]
@@ -39,15 +59,15 @@ def overview(report: Report) -> Figure:
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
     _latency_bars(left, timed)
     _speedup_bars(right, report, [run for run in timed if not run.dense])
-    figure.suptitle(_heading(report), fontsize=11, color=INK, x=0.01, ha="left")
+    set_heading(figure, _heading(report))
     return figure
 
 
 def roofline_figure(report: Report) -> Figure:
     """Rate of each timed run over its operations per byte, below the roofs measured on the same cores."""
-    figure = new_figure(9.5, 6.2)
-    axes = figure.subplots()
     points = [(run, run.roofline) for run in report.runs if run.roofline]
+    figure = new_figure(9.5, 5.2 + LEGEND_LINE * (len(points) // 2 + 1))
+    axes = figure.subplots()
     intensities = [limits.gops / limits.gbps for _, limits in points] or [1.0]
     span = np.geomspace(min(intensities) / 3, 300, 200)
     _roofs(axes, report, span)
@@ -56,7 +76,7 @@ def roofline_figure(report: Report) -> Figure:
             limits.gops / limits.gbps,
             limits.gops,
             "s" if run.dense else "o",
-            color=f"C{index}",
+            color=colormaps["tab20"](index % 20),
             markeredgecolor=INK,
             markersize=8,
             label=f"{run.name}: {limits.share:.0%} of {limits.bound}",
@@ -69,7 +89,7 @@ def roofline_figure(report: Report) -> Figure:
     axes.grid(color="#d9dee3", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title("Decoding under the roofs of the machine (squares: dense)", fontsize=10, loc="left")
-    figure.suptitle(_heading(report), fontsize=11, color=INK, x=0.01, ha="left")
+    set_heading(figure, _heading(report))
     return figure
 
 
@@ -109,37 +129,51 @@ def _latency_bars(axes: Axes, runs: list[Run]) -> None:
 
 
 def _speedup_bars(axes: Axes, report: Report, runs: list[Run]) -> None:
-    _clean(axes, "Speed-up of sparse runs (line: 95% interval)")
     baselines = [name for name in dict.fromkeys((report.dense_fp32, report.best_dense)) if name]
+    found = [
+        (row, index, comparison)
+        for index, baseline in enumerate(baselines)
+        for row, run in enumerate(runs)
+        if (comparison := report.speedup_over(run.name, baseline))
+    ]
+    most = shown_to([1.0, *(comparison.speedup for *_, comparison in found)])
+    cut = any(comparison.ci95 and comparison.ci95[1] > most for *_, comparison in found)
+    _clean(axes, f"Speed-up of sparse runs (line: 95% interval{'; arrow: longer' if cut else ''})")
     height = 0.62 / max(1, len(baselines))
-    highest = 1.0
-    for index, baseline in enumerate(baselines):
-        color = FP32 if baseline == report.dense_fp32 else BEST
-        for row, run in enumerate(runs):
-            comparison = report.speedup_over(run.name, baseline)
-            if comparison is None:
-                continue
-            place = row + (index - (len(baselines) - 1) / 2) * height
-            axes.barh(place, comparison.speedup, height=0.9 * height, color=color)
-            if comparison.ci95:
-                axes.plot(comparison.ci95, (place, place), color=INK, linewidth=1.4, solid_capstyle="butt")
-            end = comparison.ci95[1] if comparison.ci95 else comparison.speedup
-            highest = max(highest, end)
-            axes.annotate(
-                f"{comparison.speedup:.2f}x",
-                (end, place),
-                xytext=(4, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=9,
-                color=INK,
-            )
+    for row, index, comparison in found:
+        place = row + (index - (len(baselines) - 1) / 2) * height
+        color = FP32 if comparison.baseline == report.dense_fp32 else BEST
+        axes.barh(place, comparison.speedup, height=0.9 * height, color=color)
+        _interval_line(axes, comparison, place, most)
     axes.axvline(1, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
     axes.set_yticks(range(len(runs)), [run.name for run in runs], fontsize=9)
     axes.set_ylim(max(1, len(runs)) - 0.5, -0.5)
-    axes.set_xlim(0, 1.2 * highest)
+    axes.set_xlim(0, 1.2 * max((_end(comparison, most) for *_, comparison in found), default=1.0))
     colors = {f"over {name}": FP32 if name == report.dense_fp32 else BEST for name in baselines}
     _legend(axes, colors)
+
+
+def _interval_line(axes: Axes, comparison: Comparison, place: float, most: float) -> None:
+    """Its interval, as far as it is shown, and the speed-up in figures behind that."""
+    end = _end(comparison, most)
+    if comparison.ci95:
+        line = (comparison.ci95[0], end)
+        axes.plot(line, (place, place), color=INK, linewidth=1.4, solid_capstyle="butt")
+        if comparison.ci95[1] > end:
+            axes.plot(end, place, ">", color=INK, markersize=5)
+    axes.annotate(
+        f"{comparison.speedup:.2f}x",
+        (end, place),
+        xytext=(4, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=9,
+        color=INK,
+    )
+
+
+def _end(comparison: Comparison, most: float) -> float:
+    return min(most, comparison.ci95[1]) if comparison.ci95 else comparison.speedup
 
 
 def _legend(axes: Axes, colors: dict[str, str]) -> None:

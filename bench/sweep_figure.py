@@ -9,11 +9,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .extrapolate import origin
-from .plot import INK, new_figure
+from .plot import INK, new_figure, set_heading, shown_to
 from .points import Point, baselines
 from .report import Comparison, Run
 
 COLORS = {"fp32": "#1d6fa5", "int8": "#2a8c82", "int4": "#e08e45"}
+# Of dense models that were measured, and that were extrapolated: in other engines, and in ONNX Runtime.
+DASHES = (("-.", (0, (1, 4))), ("--", ":"))
 # Inches.
 LEGEND_LINE = 0.19
 
@@ -42,7 +44,7 @@ def speedup_figure(points: Sequence[Point]) -> Figure:
             axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(0, -0.14))
     lines = max(len(axes.get_legend_handles_labels()[1]) for axes in (left, right))
     figure.set_figheight(figure.get_figheight() + LEGEND_LINE * lines)
-    figure.suptitle(title(points[0]), fontsize=11, color=INK, x=0.01, ha="left")
+    set_heading(figure, title(points[0]))
     figure.supxlabel(_caption(points), fontsize=8, color=INK, x=0.01, ha="left")
     return figure
 
@@ -59,11 +61,12 @@ def title(point: Point) -> str:
 def _caption(points: Sequence[Point]) -> str:
     text = (
         "Random weights of the real shape, with the same sparsity in every layer. Markers: medians; bars: "
-        "from the fastest to the slowest round on the left, 95% interval over rounds on the right."
+        "from the fastest to the slowest round on the left, 95% interval over rounds on the right.\n"
+        "Bars that leave the figure are longer."
     )
     if any(run.extrapolated_from for point in points for run in point.report.runs):
         text += (
-            "\nHollow markers and dotted lines: extrapolated to all blocks, not measured (of a speed-up: "
+            " Hollow markers and dotted lines: extrapolated to all blocks, not measured (of a speed-up: "
             "either side)."
         )
     return text
@@ -111,6 +114,7 @@ def _draw_series(
     baseline: str | None = None,
 ) -> None:
     """One precision. `values`: low, middle and high of each run, or of its ratio to `baseline`."""
+    _show(axes, values)
     low, middle, high = np.array(values).reshape(-1, 3).T
     places = np.array([100 * point.sparsity for point, _ in runs])
     color = COLORS.get(quant)
@@ -139,13 +143,23 @@ def _draw_dense(
     if not runs:
         return
     dotted = any(_is_extrapolated(point, run, baseline) for point, run in runs)
+    middle = float(np.median(values))
+    _show(axes, [(middle, middle, middle)])
     axes.axhline(
-        float(np.median(values)),
+        middle,
         color=next((color for precision, color in COLORS.items() if precision in name), INK),
-        linestyle=":" if dotted else "--",
+        linestyle=DASHES[runs[0][1].engine == "onnxruntime"][dotted],
         linewidth=1.4 if dotted else 1.1,
         label=f"{name}{_origin([run for _, run in runs])}",
     )
+
+
+def _show(axes: Axes, values: Sequence[tuple[float, float, float]]) -> None:
+    """Let the axis reach as far as these bars do, but not far beyond their middles."""
+    if values:
+        drawn = axes.get_ylim()[1] if axes.lines else 0.0
+        longest = max(high for *_, high in values)
+        axes.set_ylim(0, max(drawn, min(1.05 * longest, shown_to(middle for _, middle, _ in values))))
 
 
 def _is_extrapolated(point: Point, run: Run, baseline: str | None) -> bool:

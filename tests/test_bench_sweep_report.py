@@ -40,7 +40,7 @@ def mixed(sparsity: float = 0.7) -> Point:
 
 def of_extrapolated_sparse() -> Point:
     runs = (extrapolated(DENSE, 4 * VARIED), extrapolated(SPARSE))
-    return point(report({}).model_copy(update={"runs": runs, "comparisons": compare_runs(runs)}))
+    return point(report({DENSE: ROUNDS}).model_copy(update={"runs": runs, "comparisons": compare_runs(runs)}))
 
 
 def labels(axes: Axes) -> list[str]:
@@ -88,6 +88,20 @@ def test_bars_are_over_rounds_whether_a_model_was_measured_or_extrapolated(swept
     (bar,) = bars(figure.axes[0])
     np.testing.assert_allclose(bar, (10, 14))
     assert "from the fastest to the slowest round" in figure.get_supxlabel()
+
+
+def test_a_bar_that_is_far_longer_than_others_leaves_the_figure() -> None:
+    unsure = np.array([[1.0], [8.0]]) * ROUNDS[:2]
+    swept = [point(report({DENSE: 4 * ROUNDS[:2], SPARSE: times})) for times in (unsure, ROUNDS[:2])]
+    _, right = speedup_figure(swept).axes
+    assert 4 < right.get_ylim()[1] < 12
+
+
+def test_dense_models_of_one_precision_in_two_engines_are_told_apart() -> None:
+    other = "llamacpp-int8-dense"
+    samples = {"onnxruntime-int8-dense": ROUNDS, other: 1.1 * ROUNDS, SPARSE: ROUNDS}
+    left, _ = speedup_figure([point(report(samples))]).axes
+    assert drawn(left, other)["style"] != drawn(left, "onnxruntime-int8")["style"]
 
 
 def test_the_table_names_what_was_extrapolated_from_what() -> None:
