@@ -6,6 +6,7 @@ no other; what it wrote last becomes the error.
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import socket
@@ -28,6 +29,8 @@ from .workers import frames
 WORKERS = Path(_workers_file).parent
 # Generous: compiling a 7B model takes minutes. A worker that is still busy after this long hangs.
 TIME_LIMIT_S = 3600.0
+# Bytes of a log that are looked at: an engine may have written gigabytes.
+LOG_TAIL = 1 << 18
 _TELLING = re.compile(r"^assertion|error\b|exception|terminate|received signal", re.IGNORECASE)
 
 
@@ -75,6 +78,8 @@ class EngineWorker:
         self.versions: dict[str, str] = {}
         self._process, self._connection, self._log = process, connection, log
         self._scratch = scratch
+        # Bytes of the log that were there at the last question.
+        self._asked_at = 0
 
     @classmethod
     def spawn(cls, engine: Engine, cores: Sequence[int], time_limit_s: float = TIME_LIMIT_S) -> EngineWorker:
@@ -193,6 +198,7 @@ class EngineWorker:
     def _ask(
         self, call: str, arrays: dict[str, np.ndarray] | None = None, **arguments: Any
     ) -> tuple[dict[str, Any], frames.Arrays]:
+        self._asked_at = self._logged()
         try:
             frames.send(self._connection, {"call": call, "arguments": arguments}, arrays)
         except TimeoutError:
@@ -227,20 +233,36 @@ class EngineWorker:
         except subprocess.TimeoutExpired:
             self._process.kill()
             status = self._process.wait()
-        how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+        how = f"was ended by {_signal_name(-status)}" if status < 0 else f"ended with status {status}"
         if status == -signal.SIGKILL:
             how += " (was there enough memory?)"
         return WorkerError(f"{self.engine.name} ({doing}) {how}{self._last_words()}", self._last_lines())
 
-    def _last_lines(self, count: int = 40) -> str:
-        self._log.seek(0)
-        return "\n".join(self._log.read().decode(errors="replace").splitlines()[-count:])
+    def _logged(self) -> int:
+        """Bytes of the log."""
+        return os.fstat(self._log.fileno()).st_size
+
+    def _last_lines(self, count: int = 40, start: int = 0) -> str:
+        """The last lines of the log, of those behind byte `start`."""
+        # Not by seek and read: the place in the file is where the worker writes on.
+        tail = os.pread(self._log.fileno(), LOG_TAIL, max(start, self._logged() - LOG_TAIL))
+        return "\n".join(tail.decode(errors="replace").splitlines()[-count:])
 
     def _last_words(self) -> str:
-        """The line of the log that says most: engines print long backtraces after it."""
-        lines = [line.strip() for line in self._last_lines(200).splitlines() if line.strip()]
+        """The line of the log that says most: engines print long backtraces after it. What was logged before
+        the last question, of an error that was survived, counts only where there is nothing else."""
+        said = self._last_lines(200, self._asked_at) or self._last_lines(200)
+        lines = [line.strip() for line in said.splitlines() if line.strip()]
         telling = [line for line in lines if _TELLING.search(line)] or lines[-1:]
         return f"; its last words: {telling[0][:300]}" if telling else ""
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        # One of the real-time signals, which have no names.
+        return f"signal {number}"
 
 
 def _environment(engine: Engine, threads: int, scratch: str) -> dict[str, str]:

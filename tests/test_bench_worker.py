@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from dlp_deploy.bench import worker as worker_module
 from dlp_deploy.bench.engines import Engine
 from dlp_deploy.bench.worker import EngineWorker, WorkerError
 from dlp_deploy.bench.workers import frames
@@ -48,6 +49,8 @@ class Session:
             tempfile.mkdtemp()
             os.write(2, b"Assertion at graph.cpp:167\\nBacktrace:\\n 0# something\\n")
             os.abort()
+        if "signal" in model:
+            os.kill(os.getpid(), int(model.rsplit("-", 1)[1]))
         if model.endswith("hang"):
             os.write(2, b"working on it\\n")
             time.sleep(600)
@@ -181,7 +184,7 @@ def test_the_cache_can_be_extended_step_by_step(worker: EngineWorker) -> None:
 
 
 def test_memory_is_that_of_the_worker_not_of_its_parent(worker: EngineWorker) -> None:
-    ballast = np.ones(1 << 26)
+    ballast = np.ones(1 << 25)
     usage = worker.memory()
     assert usage.rss_bytes <= usage.peak_rss_bytes < ballast.nbytes
     assert usage.cpu_s > 0
@@ -204,6 +207,34 @@ def test_an_abort_becomes_an_error_with_its_last_words(engine: Engine, core: int
         ),
     ):
         worker.load(Path("abort"), context=40, prompt=4)
+
+
+@pytest.mark.parametrize(
+    ("number", "name"), [(9, r"SIGKILL \(was there enough memory\?\)"), (40, "signal 40")]
+)
+def test_a_signal_is_told_whether_it_has_a_name_or_not(
+    engine: Engine, core: int, number: int, name: str
+) -> None:
+    with (
+        EngineWorker.spawn(engine, [core]) as worker,
+        pytest.raises(WorkerError, match=rf"counting \(load\) was ended by {name}"),
+    ):
+        worker.load(Path(f"signal-{number}"), context=40, prompt=4)
+
+
+def test_the_last_words_are_those_at_the_end_of_a_long_log(
+    engine: Engine, core: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither is looked at what an engine has said long before, which may be gigabytes, nor at errors that it
+    survived."""
+    monkeypatch.setattr(worker_module, "LOG_TAIL", 400)
+    with EngineWorker.spawn(engine, [core]) as worker:
+        for _ in range(3):
+            with pytest.raises(WorkerError, match="no such model") as failed:
+                worker.load(Path("fail"), context=40, prompt=4)
+            assert 0 < len(failed.value.log) <= 400
+        with pytest.raises(WorkerError, match=r"last words: Assertion at graph\.cpp:167"):
+            worker.load(Path("abort"), context=40, prompt=4)
 
 
 def test_an_abort_leaves_no_temporary_files(
