@@ -74,16 +74,21 @@ def describe_environment(before: Roofs, outcomes: Sequence[Outcome], again: bool
         peak_fp32_gops=round(before.peak.fp32 / 1e9, 1),
         peak_int8_gops=round(before.peak.int8 / 1e9, 1),
         versions={"python": platform.python_version(), "dlp-deploy": version("dlp-deploy")},
-        engines={outcome.candidate.engine.name: _engine_record(outcome) for outcome in outcomes},
+        engines=_engine_records(outcomes),
         git_revision=git_revision(),
     )
 
 
-def _engine_record(outcome: Outcome) -> EngineRecord:
-    engine = outcome.candidate.engine
-    return EngineRecord(
-        title=engine.title, licence=engine.licence, versions=outcome.versions, notes=engine.notes
-    )
+def _engine_records(outcomes: Sequence[Outcome]) -> dict[str, EngineRecord]:
+    """What each engine is, by name; its versions are those that any run of it has told."""
+    engines = {outcome.candidate.engine.name: outcome.candidate.engine for outcome in outcomes}
+    told = {outcome.candidate.engine.name: outcome.versions for outcome in outcomes if outcome.versions}
+    return {
+        name: EngineRecord(
+            title=engine.title, licence=engine.licence, versions=told.get(name, {}), notes=engine.notes
+        )
+        for name, engine in engines.items()
+    }
 
 
 def git_revision() -> str | None:
@@ -116,6 +121,7 @@ def run_record(outcome: Outcome, workload: Workload, decoder: Outline, environme
         context=workload.context,
         filled_tokens=workload.filled_tokens,
         weight_bytes=candidate.weight_bytes,
+        block_size=candidate.block_size,
         load_s=outcome.load_s or None,
         output_check=_agreement_record(outcome.agreement),
         depth_check=_depth_record(outcome.depth, workload),
@@ -140,7 +146,7 @@ def _measured(outcome: Outcome) -> dict[str, object]:
         "tpot_ms": LatencyMs(**asdict(tpot)),
         "tokens_per_s": 1000 / tpot.mean,
         "peak_rss_bytes": outcome.peak_rss_bytes,
-        "perplexity": quality.perplexity if quality else None,
+        "perplexity": _finite(quality.perplexity) if quality else None,
         "perplexity_stderr": _finite(quality.stderr) if quality else None,
         "warm_ups": outcome.warm_ups,
         "settled": outcome.settled,

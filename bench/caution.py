@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 
 from ..export.plan import BASELINE_BLOCK_SIZE
@@ -24,8 +23,6 @@ BEST_DENSE = ("int8", "int4")
 SHALLOW = 256
 # The memory's rate before and after the runs.
 SPREAD_LIMIT = 0.1
-# What the notes of a graph in blocks say of its scales.
-_BLOCK = re.compile(r"one scale per (\d+) inputs")
 
 
 def warnings(
@@ -184,20 +181,14 @@ def _missing_baselines(runs: Sequence[Run]) -> Iterator[str]:
 
 def _fine_blocks(runs: Sequence[Run]) -> Iterator[str]:
     """Dense baselines that a finer grid than the fastest has slowed down."""
-    sizes = [(run, block_size(run)) for run in runs if run.dense and run.engine == "onnxruntime"]
-    slow = [(run, size) for run, size in sizes if size and size < BASELINE_BLOCK_SIZE]
+    dense = [run for run in runs if run.dense and run.engine == "onnxruntime"]
+    slow = [run for run in dense if (run.block_size or BASELINE_BLOCK_SIZE) < BASELINE_BLOCK_SIZE]
     if slow:
-        named = ", ".join(f"{run.name} {size}" for run, size in slow)
-        precisions = ",".join(run.precision for run, _ in slow)
+        named = ", ".join(f"{run.name} {run.block_size}" for run in slow)
+        precisions = ",".join(run.precision for run in slow)
         yield (
             f"so few weights of a dense baseline share a scale ({named}) that it is slower than with "
             f"{BASELINE_BLOCK_SIZE}, and speed-ups over it are too large; mend an artifact with: dlp-deploy "
             f"export ARTIFACT --target none --baseline {precisions} --force, a sweep with: --block-size "
             f"{BASELINE_BLOCK_SIZE}"
         )
-
-
-def block_size(run: Run) -> int | None:
-    """How many weights share a scale, where its notes say so."""
-    found = _BLOCK.search("; ".join(run.notes))
-    return int(found[1]) if found else None

@@ -26,7 +26,7 @@ MEASURED = (
 
 # What times depend on besides the machine and the software: of all runs, and of each of them.
 MODEL = ("model", "artifact")
-WORK = ("cores", "prompt_tokens", "new_tokens", "context", "filled_tokens")
+WORK = ("cores", "prompt_tokens", "new_tokens", "context", "filled_tokens", "block_size")
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ def origin(run: Run) -> str:
 def _described(small: Run, large: Run, name: str, factor: float) -> Run:
     """The run before any figure of it."""
     about = ("engine", "precision", "sparsity", "dense", "status")
-    lengths = ("cores", "prompt_tokens", "new_tokens", "context", "filled_tokens")
+    lengths = ("cores", "prompt_tokens", "new_tokens", "context", "filled_tokens", "block_size")
     return Run(
         name=name,
         **{field: getattr(large, field) for field in (*about, *lengths)},

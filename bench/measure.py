@@ -46,6 +46,8 @@ def measure_perplexity(outcomes: list[Outcome], windows: np.ndarray, workload: W
         for outcome in timed:
             try:
                 outcome.perplexity = _perplexity(outcome.candidate, windows, workload, advance)
+                if not np.isfinite(outcome.perplexity.perplexity):
+                    outcome.notes.append("its perplexity is no finite number")
             except WorkerError as error:
                 outcome.notes.append(f"no perplexity: {error}")
                 say(f"{outcome.candidate.name} has no perplexity: {error}")

@@ -17,7 +17,8 @@ from .environments import interpreter, list_engines
 @dataclass(frozen=True)
 class Candidate:
     """One model in one engine. `model` is what the engine loads, `reference` the folder that holds
-    the logits it must agree with. Candidates of the same `weights` had the same ones before quantization."""
+    the logits it must agree with. Candidates of the same `weights` had the same ones before quantization, in
+    which `block_size` inputs came to share a scale (None: all, or no quantization)."""
 
     name: str
     engine: Engine
@@ -28,6 +29,7 @@ class Candidate:
     reference: Path
     weight_bytes: int
     weights: str
+    block_size: int | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -138,6 +140,7 @@ def _graph_run(artifact: Path, manifest: Manifest, export: Export, engine: Engin
         reference=folder,
         weight_bytes=export.weight_bytes,
         weights="dense" if export.dense else "pruned",
+        block_size=export.block_size,
         notes=export.notes,
     )
 

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..errors import UserError
 from ..storage import write_text
+from .extrapolate import origin
 from .markdown import markdown_table
 from .outputs import require_suffix
 from .points import as_report, read_points
@@ -301,6 +302,7 @@ def _assumptions(reports: Sequence[Report], target: Target) -> tuple[str, ...]:
         "a core does per clock what one of the measured processor does: the same instruction sets and caches",
         _clock_assumption(environment.clock_ghz, target.clock_ghz),
         serial,
+        *_extrapolated(reports),
         *_memory_bound(reports),
         "threads of one socket: nothing is added for synchronizing more of them",
     )
@@ -312,6 +314,14 @@ def _clock_assumption(measured_ghz: float | None, target_ghz: float | None) -> s
     if measured_ghz is None:
         return f"the report does not tell its clock, so that {target_ghz:.2f} GHz are taken to be the same"
     return f"a core's time scales with the clock, from {measured_ghz:.2f} to {target_ghz:.2f} GHz"
+
+
+def _extrapolated(reports: Sequence[Report]) -> Iterator[str]:
+    """Runs that were not measured whole in the first place."""
+    runs = [run for report in reports for run in report.runs if run.extrapolated_from]
+    if runs:
+        told = dict.fromkeys(f"{run.name} ({origin(run)})" for run in runs)
+        yield f"what is called measured was itself extrapolated of {', '.join(told)}"
 
 
 def _memory_bound(reports: Sequence[Report]) -> Iterator[str]:

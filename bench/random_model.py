@@ -64,11 +64,19 @@ class RandomModel:
         nothing is smoothed, as random weights have no outlier channels. Both graphs hold the same
         operators as those of a real model.
         """
-        options: dict[str, Any] = {"rounding": "nearest", "block_size": self.block_size, "smooth": False}
-        graph = Graph(engine, precision, self.sparsity == 0, folder.name, **options)
+        graph = self._graph(engine, precision, folder.name)
         weights = Weights(self.checkpoint(), self.decoder)
         with progress(f"Writing {graph.label}", self.decoder.blocks) as advance:
             return write_graph(folder, graph, weights, self.decoder, self.config, advance)
+
+    def grid_block(self, engine: EngineName, precision: Precision) -> int | None:
+        """How many inputs share a scale in that graph; None for all, and in fp32."""
+        grid = self._graph(engine, precision, "").grid
+        return grid.block if grid else None
+
+    def _graph(self, engine: EngineName, precision: Precision, folder: str) -> Graph:
+        options: dict[str, Any] = {"rounding": "nearest", "block_size": self.block_size, "smooth": False}
+        return Graph(engine, precision, self.sparsity == 0, folder, **options)
 
     def reference(self, folder: Path, ids: np.ndarray, prompt: int) -> Reference:
         """What fp32 torch says of it after ids int64 [n]: after the prompt and after each later token.

@@ -131,6 +131,10 @@ class Run(_Stored):
     context: int
     filled_tokens: int | None = None
     weight_bytes: int
+    block_size: int | None = Field(
+        default=None,
+        description="inputs that share a scale of the weights; null: all, no quantization, or not recorded",
+    )
     load_s: float | None = None
     ttft_ms: LatencyMs | None = None
     tpot_ms: LatencyMs | None = None
@@ -252,12 +256,20 @@ class Report(_Stored):
     environment: Environment
     evaluation: Evaluated | None
     all_loaded: bool = Field(description="whether all models were in memory at once")
-    runs: tuple[Run, ...]
+    runs: tuple[Run, ...] = Field(min_length=1)
     comparisons: tuple[Comparison, ...]
     noise: NoiseRecord
     warnings: tuple[str, ...]
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    @model_validator(mode="after")
+    def _compares_timed_runs(self) -> Report:
+        timed = {run.name for run in self.runs if run.tpot_ms}
+        for comparison in self.comparisons:
+            if missing := {comparison.run, comparison.baseline} - timed:
+                raise ValueError(f"comparisons need timed runs, and {min(missing)} is none")
+        return self
 
     def run(self, name: str) -> Run:
         return next(run for run in self.runs if run.name == name)
@@ -286,6 +298,8 @@ def to_json(report: Report) -> str:
 
 def read_report(path: Path) -> Report:
     """Read a report.json. Raises UserError when it is missing, unreadable or of an unknown schema."""
+    if path.suffix == ".jsonl":
+        raise UserError(f"{path} holds the points of a sweep; give the report.json of a bench")
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -300,6 +314,11 @@ def read_report(path: Path) -> Report:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise UserError(
+                f"{path} has a field {field}, which this dlp-deploy does not know; read it with the newer "
+                "one that wrote it"
+            ) from None
         raise UserError(f"{path} is no bench report: {field or 'JSON'}: {first['msg']}") from None
 
 

@@ -4,7 +4,7 @@ reached (the roofline model: Williams, Waterman & Patterson, 2009)."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Literal
@@ -13,7 +13,7 @@ import onnx
 from gguf import GGMLQuantizationType
 from onnx import helper
 
-from ..families import Outline
+from ..families import Decoder, Outline
 from ..gguf_header import read_header
 from .outcome import Outcome, Workload
 from .report import Environment, Roofline
@@ -24,8 +24,9 @@ FLOAT_BYTES = 4
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes read and operations done per token; `position` figures are per cached position.
+    """Bytes read and operations done per token; `position` figures are per cached position of all blocks.
 
+    `windows` are the most positions that each block attends to, as far as they are limited and known.
     `estimated`: `weight_bytes` is a guess at a layout that is not public.
     """
 
@@ -34,6 +35,12 @@ class Traffic:
     position_bytes: int
     position_operations: int
     estimated: bool = False
+    windows: tuple[int | None, ...] = ()
+
+    def attended(self, depth: float) -> float:
+        """Positions that a block attends to behind `depth` cached ones, on the average of the blocks."""
+        reached = [min(depth, window or depth) for window in self.windows]
+        return sum(reached) / len(reached) if reached else depth
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,11 @@ class _Matrix:
 
 def traffic_of(outcome: Outcome, decoder: Outline) -> Traffic:
     """The traffic of a run, from its graph, or from the sizes of its model where it has none."""
+    windows = decoder.windows if isinstance(decoder, Decoder) else ()
+    return replace(_traffic(outcome, decoder), windows=windows)
+
+
+def _traffic(outcome: Outcome, decoder: Outline) -> Traffic:
     candidate = outcome.candidate
     if not candidate.model.is_file():
         return _checkpoint_traffic(candidate.weight_bytes, decoder)
@@ -108,7 +120,7 @@ def roofline(
 ) -> Roofline:
     """The share of the roofs that `tpot_ms` per token comes to."""
     # Tokens after the first are decoded behind the prompt and all tokens before them.
-    depth = len(workload.ids) + workload.new_tokens / 2
+    depth = traffic.attended(len(workload.ids) + workload.new_tokens / 2)
     return under_roofs(
         traffic.weight_bytes,
         depth * traffic.position_bytes,

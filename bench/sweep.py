@@ -84,7 +84,8 @@ def sweep(
 
     Each finished point is appended to `output` (sweep-<shape>.jsonl unless told), and points that are
     there already are not measured again, unless `force` starts anew; .md, .csv, .png and .svg are written
-    beside it. Raises UserError for what cannot be measured as asked, before anything is.
+    beside it, of a sweep that is stopped too. Raises UserError for what cannot be measured as asked, before
+    anything is.
     """
     path = Path(output) if output else Path(f"sweep-{Path(shape).name}.jsonl")
     # By another name, one of the reports might take the place of the points.
@@ -119,14 +120,21 @@ def _run(plan: SweepPlan, path: Path) -> list[Point]:
         for quant in plan.quants
         if (quant, sparsity) not in finished
     ]
-    if todo:
-        with _Graphs(plan, path) as graphs:
-            for number, (quant, sparsity) in enumerate(todo, 1):
-                say(f"Point {number} of {len(todo)}: {plan.shape}, sparsity {sparsity:g}, {quant}")
-                append_point(path, _measure_point(plan, graphs, quant, sparsity))
-    points = latest(read_points(path), plan.settings)
-    write_sweep_report(points, path)
+    try:
+        if todo:
+            _measure_points(plan, path, todo)
+    finally:
+        # Of a sweep that is stopped too: its finished points are what there is to see.
+        if points := latest(read_points(path), plan.settings):
+            write_sweep_report(points, path)
     return points
+
+
+def _measure_points(plan: SweepPlan, path: Path, todo: Sequence[tuple[Precision, float]]) -> None:
+    with _Graphs(plan, path) as graphs:
+        for number, (quant, sparsity) in enumerate(todo, 1):
+            say(f"Point {number} of {len(todo)}: {plan.shape}, sparsity {sparsity:g}, {quant}")
+            append_point(path, _measure_point(plan, graphs, quant, sparsity))
 
 
 @contextmanager
@@ -218,6 +226,7 @@ class _Graphs:
             reference=folder,
             weight_bytes=written.weight_bytes,
             weights=_weights(random),
+            block_size=random.grid_block(model.engine, model.precision),
             notes=written.notes,
         )
 

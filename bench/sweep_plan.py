@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, cast, get_args
 
 import numpy as np
@@ -19,7 +21,7 @@ from .environments import interpreter
 from .machine import require_avx2
 from .outcome import Workload, check_lengths, check_time_limit, text_lengths, usual_context
 from .random_model import RandomModel, graph_bytes
-from .shapes import shape_config
+from .shapes import SHAPES, shape_config
 from .worker import TIME_LIMIT_S
 
 # A model that memory does not hold is measured with as many of these as it does, and half as many: the more
@@ -87,6 +89,7 @@ class SweepPlan:
             "context": workload.context,
             "repeats": workload.repeats,
             "seed": self.seed,
+            **_named_by_content(self.shape),
         }
 
     def model(self, count: int, sparsity: float) -> RandomModel:
@@ -127,6 +130,13 @@ class SweepPlan:
 
         largest = max(size(self.sparse_model(quant, 0.0)) for quant in self.quants)
         return largest + sum(size(model) for model in self.baseline_models())
+
+
+def _named_by_content(shape: str) -> dict[str, str]:
+    """Of a folder what its config.json holds, which may be another one by the next sweep."""
+    if shape in SHAPES:
+        return {}
+    return {"config_sha256": hashlib.sha256((Path(shape) / "config.json").read_bytes()).hexdigest()}
 
 
 def point_name(engine: str, quant: str, sparsity: float) -> str:

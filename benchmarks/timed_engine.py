@@ -14,7 +14,7 @@ from typing import Any
 
 _inner = importlib.import_module("engine_workers." + os.environ["TIMED_ENGINE"])
 # The calls that do the work; all around them is ours.
-_CALLS = ("run_with_iobinding", "execute_list_out")
+_CALLS = ("run_with_iobinding", "execute_list_out", "llama_decode")
 
 
 class _Timed:
@@ -48,8 +48,9 @@ class Session(_inner.Session):  # type: ignore[misc, name-defined]
         super().load(model, context, prompt, fill)
         for compiled in getattr(self._cache, "engines", []):
             compiled._engine = _Timed(compiled._engine, self._times)
-        if hasattr(self._cache, "_session"):
-            self._cache._session = _Timed(self._cache._session, self._times)
+        for name in ("_session", "_library"):
+            if hasattr(self._cache, name):
+                setattr(self._cache, name, _Timed(getattr(self._cache, name), self._times))
 
     def restart(self) -> None:
         Path(os.environ["TIMED_FILE"]).write_text(json.dumps(self._times), encoding="utf-8")

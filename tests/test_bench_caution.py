@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -138,20 +137,19 @@ def test_a_cache_that_is_nearly_empty_is_named() -> None:
     assert "behind 80 to 87 cached tokens" in warning
 
 
-def test_what_slows_dense_baselines_down_is_named(tmp_path: Path) -> None:
-    """The size of the blocks is read from the notes of real graphs."""
+def test_what_slows_dense_baselines_down_is_named() -> None:
     config = shape_config("smollm2-135m", blocks=1)
 
-    def notes(size: int) -> tuple[str, ...]:
-        return RandomModel(config, 0.0, 0, size).write(tmp_path, "onnxruntime", "int4").notes
+    def block_size(size: int) -> int | None:
+        return RandomModel(config, 0.0, 0, size).grid_block("onnxruntime", "int4")
 
     dense = "onnxruntime-int4-dense"
-    assert warned(changed(whole(), dense, notes=notes(128))) == ()
-    (warning,) = warned(changed(whole(), dense, notes=notes(32)))
+    assert warned(changed(whole(), dense, block_size=block_size(128))) == ()
+    (warning,) = warned(changed(whole(), dense, block_size=block_size(32)))
     assert f"({dense} 32)" in warning
     assert "--target none --baseline int4 --force" in warning
     # A fine grid is what a sparse model is exported with.
-    assert warned(changed(whole(), SPARSE, notes=notes(32))) == ()
+    assert warned(changed(whole(), SPARSE, block_size=32)) == ()
 
 
 def test_what_extrapolated_runs_come_from_is_warned_of_too() -> None:
@@ -187,6 +185,12 @@ def test_cores_on_more_than_one_node_are_named() -> None:
     assert warned(whole(), nodes_used=(0,)) == ()
     (warning,) = warned(whole(), nodes_used=(0, 1))
     assert "NUMA nodes 0 and 1" in warning
+
+
+def test_cores_on_a_node_without_memory_are_named() -> None:
+    assert warned(whole(), nodes_used=(1,), nodes_with_memory=(0, 1)) == ()
+    (warning,) = warned(whole(), nodes_used=(1,), nodes_with_memory=(0,))
+    assert "NUMA node 1 has no memory" in warning
 
 
 @contextmanager

@@ -124,6 +124,14 @@ def test_another_model_under_the_same_names_is_named_before_any_verdict(changed:
     assert text.index(f"| {value} |") < text.index("## Speed-ups")
 
 
+def test_another_grid_of_the_same_precision_is_named_before_any_verdict() -> None:
+    before = with_fields(report({SPARSE: noisy(10, 1)}), block_size=32)
+    (found,) = compare_reports(before, with_fields(before, block_size=128)).work
+    assert (found.name, found.before, found.after) == (f"{SPARSE}: block_size", 32, 128)
+    # Older reports do not tell.
+    assert compare_reports(with_fields(before, block_size=None), before).work == ()
+
+
 def test_runs_of_only_one_report_are_named() -> None:
     before = report({DENSE: noisy(40, 1)})
     after = report({DENSE: noisy(40, 1), SPARSE: noisy(10, 2)})
@@ -176,3 +184,28 @@ def test_a_timed_run_without_its_samples_is_no_report(
     (tmp_path / "r.json").write_text(json.dumps(stored))
     with pytest.raises(UserError, match=rf"r\.json is no bench report: runs\.0: .*{message}"):
         read_report(tmp_path / "r.json")
+
+
+def test_a_comparison_of_what_was_not_timed_is_no_report(tmp_path: Path) -> None:
+    stored = json.loads(to_json(report({DENSE: noisy(40, 1), SPARSE: noisy(10, 1)})))
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps(stored | {"runs": stored["runs"][:1]}))
+    with pytest.raises(UserError, match=f"comparisons need timed runs, and {SPARSE} is none"):
+        read_report(path)
+    path.write_text(json.dumps(stored | {"runs": [], "comparisons": []}))
+    with pytest.raises(UserError, match=r"is no bench report: runs: .* at least 1 item"):
+        read_report(path)
+
+
+def test_a_field_that_is_not_known_yet_is_that_of_a_newer_version(tmp_path: Path) -> None:
+    stored = json.loads(to_json(report({SPARSE: noisy(10, 1)})))
+    # Fields that came later may be missing from older reports.
+    del stored["runs"][0]["block_size"]
+    (tmp_path / "old.json").write_text(json.dumps(stored))
+    assert read_report(tmp_path / "old.json").runs[0].block_size is None
+    stored["runs"][0]["colour"] = "green"
+    (tmp_path / "new.json").write_text(json.dumps(stored))
+    with pytest.raises(
+        UserError, match=r"new\.json has a field runs\.0\.colour, which .* read it with the newer"
+    ):
+        read_report(tmp_path / "new.json")

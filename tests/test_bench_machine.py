@@ -92,6 +92,7 @@ def test_memory_is_what_the_cgroup_leaves(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("limit", "usage", "total"),
     [
+        ("jobs/mine/memory.high", "jobs/mine/memory.current", ""),
         ("jobs/mine/memory.max", "jobs/mine/memory.current", ""),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_"),
     ],
@@ -122,6 +123,27 @@ def test_the_description_of_a_machine(tmp_path: Path) -> None:
     assert machine.caches == {"L1d": 32 << 10, "L2": 1 << 20, "L3": 35 << 20}
     assert machine.governor == "performance"
     assert machine.hypervisor
+
+
+@pytest.mark.parametrize(
+    ("files", "cpuinfo", "expected"),
+    [
+        ({"cpufreq/base_frequency": "2500000", "acpi_cppc/nominal_freq": "2400"}, "cpu MHz : 800", 2.5),
+        # On bare metal an idle processor is slow, and its first one need not be the one that works.
+        ({"acpi_cppc/nominal_freq": "2450"}, "cpu MHz : 400.0", 2.45),
+        ({"acpi_cppc/nominal_freq": "0"}, "model name : Xeon 6248R CPU @ 3.00GHz\ncpu MHz : 1000", 3.0),
+        ({}, "cpu MHz : 400.0\n\nprocessor : 1\ncpu MHz : 3250.4", 3.25),
+        ({}, "model name : EPYC", None),
+    ],
+)
+def test_the_clock_is_that_of_work_and_not_of_an_idle_processor(
+    tmp_path: Path, files: dict[str, str], cpuinfo: str, expected: float | None
+) -> None:
+    root = server(tmp_path)
+    for name, text in files.items():
+        write(root / "sys/devices/system/cpu/cpu0" / name, text)
+    write(root / "proc/cpuinfo", cpuinfo)
+    assert describe_machine(root).clock_ghz == expected
 
 
 def test_caches_that_cores_share_count_once(tmp_path: Path) -> None:

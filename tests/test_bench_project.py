@@ -160,6 +160,22 @@ def test_of_a_dense_model_that_every_point_measured_the_middle_one_is_projected(
     assert len(sparse) == 3
 
 
+def test_what_was_extrapolated_before_it_was_projected_is_named_among_the_assumptions() -> None:
+    stored = measured(1, 100, 0)
+    assert not any("itself extrapolated" in line for line in assumptions(stored))
+    note = "extrapolated from 2 and 4 of 32 decoder blocks"
+    carried_on = {"extrapolated_from": ("two", "four"), "notes": ("int8", note)}
+    dense, sparse = stored.runs
+    stored = stored.model_copy(update={"runs": (dense.model_copy(update=carried_on), sparse)})
+    (line,) = [line for line in assumptions(stored) if "itself extrapolated" in line]
+    assert f"{DENSE} ({note})" in line
+    assert SPARSE not in line
+
+
+def assumptions(stored: Report) -> tuple[str, ...]:
+    return project_reports([stored], describe_target("xeon-6248r", None, None, None)).assumptions
+
+
 def test_a_sweep_is_projected_with_all_its_points(tmp_path: Path) -> None:
     one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
     for path, cores in ((one, 1), (two, 2)):

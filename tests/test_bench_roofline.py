@@ -71,6 +71,13 @@ def test_weights_are_read_once_and_tables_not_at_all(
     assert traffic("deepsparse", "fp32").position_bytes == cached
 
 
+def test_blocks_with_a_window_read_no_more_of_the_cache_than_that() -> None:
+    everywhere, some = Traffic(0, 0, 8, 4), Traffic(0, 0, 8, 4, windows=(None, 100, 100, None))
+    assert everywhere.attended(900) == 900
+    assert some.attended(60) == 60
+    assert some.attended(900) == (900 + 100 + 100 + 900) / 4
+
+
 def test_skipped_weights_cost_one_bit_and_no_operation(traffic: Callable[..., Traffic]) -> None:
     dense, sparse = traffic("deepsparse", "fp32"), traffic("deepsparse", "fp32", 0.75)
     assert sparse.estimated

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from dlp_deploy.artifact import Manifest
@@ -56,6 +57,12 @@ class Session(onnxruntime.Session):
             return np.roll(logits, 1)
         return logits
 """
+
+
+@pytest.fixture(autouse=True)
+def room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For all models at once, whatever else is in memory: each text is counted where the faults are."""
+    monkeypatch.setattr(pool, "available_memory", lambda: 1 << 40)
 
 
 @pytest.fixture(scope="module")
@@ -207,6 +214,17 @@ def test_ctrl_c_before_anything_is_finished_leaves_nothing(
     with pytest.raises(KeyboardInterrupt):
         bench(artifact, output=tmp_path / "new" / "r.json", **QUICK)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_perplexity_beyond_all_numbers_is_noted_and_the_report_read_back(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(EngineWorker, "window_nll", lambda self, windows: np.full((1, 31), 1e5, np.float32))
+    options = QUICK | {"baseline": "none", "repeats": 1, "eval_windows": 1, "eval_tokens": 32}
+    report = bench(artifact, output=tmp_path / "r.json", **options)
+    assert read_report(tmp_path / "r.json") == report
+    assert report.run(SPARSE).perplexity is None
+    assert "its perplexity is no finite number" in report.run(SPARSE).notes
 
 
 def test_a_later_step_that_fails_does_not_cost_the_latencies(

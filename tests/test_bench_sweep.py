@@ -15,26 +15,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
 
 from dlp_deploy.bench import pool
 from dlp_deploy.bench import sweep as sweeps
 from dlp_deploy.bench.engines import engine_named
 from dlp_deploy.bench.environments import install
 from dlp_deploy.bench.points import Point, read_points
-from dlp_deploy.bench.random_model import RandomModel, graph_bytes, parameter_shapes
-from dlp_deploy.bench.shapes import SHAPES, shape_config
+from dlp_deploy.bench.random_model import RandomModel
+from dlp_deploy.bench.shapes import shape_config
 from dlp_deploy.bench.sweep import sweep
 from dlp_deploy.bench.sweep_plan import SweepPlan, block_counts, random_workload
 from dlp_deploy.bench.worker import EngineWorker, Generation
-from dlp_deploy.checkpoint import open_checkpoint
 from dlp_deploy.errors import UserError
-from dlp_deploy.export.verify import compare_logits, graph_logits
 from dlp_deploy.families import decoder_of
-from dlp_deploy.models import resolve_model
 
 from .limits import short_limit
 
@@ -210,6 +205,38 @@ def test_a_sweep_goes_on_where_it_was_killed(
         sweep(shape, sparsity="0.5", **options)
 
 
+def test_of_a_sweep_that_is_stopped_there_are_reports(
+    shape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append, path = sweeps.append_point, tmp_path / "s.jsonl"
+
+    def stops_behind_it(*arguments: Any) -> None:
+        append(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweeps, "append_point", stops_behind_it)
+    options = QUICK | {"engine": "onnxruntime", "quant": "fp32", "baseline": "none", "output": path}
+    with pytest.raises(KeyboardInterrupt):
+        sweep(shape, sparsity="0.5,0.75", **options)
+    assert "| fp32 | 50% |" in path.with_suffix(".md").read_text()
+    assert {"s.csv", "s.png", "s.svg"} <= {each.name for each in tmp_path.iterdir()}
+
+
+def test_a_folder_whose_config_has_changed_is_another_shape(shape: str, tmp_path: Path) -> None:
+    def planned(folder: Path) -> dict[str, Any]:
+        workload = random_workload(str(folder), 1, 20, 6, 26, 2, 0)
+        return SweepPlan(str(folder), (0.5,), ("fp32",), "onnxruntime", (), None, 128, 0, workload).settings
+
+    own = Path(shutil.copytree(shape, tmp_path / "own"))
+    before = planned(own)
+    assert planned(own) == before
+    config = json.loads((own / "config.json").read_text())
+    (own / "config.json").write_text(
+        json.dumps(config | {"intermediate_size": 2 * config["intermediate_size"]})
+    )
+    assert planned(own) != before
+
+
 @pytest.fixture
 def faulty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """`faulty(fault)`: the engine is ONNX Runtime's own worker with that fault at 75 %."""
@@ -291,60 +318,6 @@ def test_a_full_disk_is_noticed_before_anything_is_written(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 0, 2 * 10**9))
     with pytest.raises(UserError, match=r"take \d+\.\d GB in .* and 2.0 GB are free"):
         sweep("tinyllama-1.1b", engine="onnxruntime", output=tmp_path / "s.jsonl", **QUICK)
-
-
-def test_random_weights_are_those_of_the_model_that_torch_runs(
-    shape: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
-) -> None:
-    random = RandomModel(shape_config(shape), 0.6, 1)
-    weights = random.checkpoint()
-    stored = open_checkpoint(resolve_model(shape))
-    assert {name: weights.shape(name) for name in weights.names()} == {
-        name: stored.shape(name) for name in stored.names()
-    }
-    layer = weights.tensor("model.layers.1.mlp.up_proj.weight")
-    assert float((layer == 0).float().mean()) == pytest.approx(0.6, abs=0.03)
-    assert torch.equal(layer, random.checkpoint().tensor("model.layers.1.mlp.up_proj.weight"))
-    assert bool((weights.tensor("lm_head.weight") != 0).all())
-
-    ids = np.random.default_rng(0).integers(0, 512, 24)
-    model = AutoModelForCausalLM.from_config(random.config).eval()
-    model.load_state_dict({name: weights.tensor(name) for name in weights.names()})
-    with torch.inference_mode():
-        expected = model(torch.from_numpy(ids)[None]).logits[0].numpy()[15:]
-    reference = random.reference(tmp_path / "torch", ids, 16)
-    np.testing.assert_allclose(reference.logits, expected, rtol=1e-3, atol=1e-5)
-    written = random.write(tmp_path / "graph", "onnxruntime", "fp32")
-    check = compare_logits("onnxruntime", "torch", graph_logits(written.model, ids, 16), expected)
-    assert check.max_rel_error < 1e-4
-
-
-@pytest.mark.parametrize(
-    ("shape", "parameters"),
-    [
-        ("llama2-7b", 6_738_415_616),
-        ("llama2-13b", 13_015_864_320),
-        ("llama3-8b", 8_030_261_248),
-        ("mistral-7b", 7_241_732_096),
-        ("qwen2.5-7b", 7_615_616_512),
-        ("qwen3-8b", 8_190_735_360),
-        ("tinyllama-1.1b", 1_100_048_384),
-        ("smollm2-135m", 134_515_008),
-    ],
-)
-def test_shapes_have_the_published_numbers_of_parameters(shape: str, parameters: int) -> None:
-    shapes = parameter_shapes(shape_config(shape))
-    assert sum(int(np.prod(size)) for size in shapes.values()) == parameters
-
-
-def test_every_shape_is_one_that_graphs_are_written_for(tmp_path: Path) -> None:
-    for name in SHAPES:
-        assert decoder_of(shape_config(name, blocks=2)).blocks == 2
-    config = shape_config("smollm2-135m", blocks=1)
-    for engine in ("deepsparse", "llamacpp", "onnxruntime"):
-        for precision in ("fp32", "int8", "int4"):
-            written = RandomModel(config, 0.5, 0).write(tmp_path / engine, engine, precision)  # type: ignore[arg-type]
-            assert graph_bytes(config, engine, precision) == pytest.approx(written.weight_bytes, rel=0.05)
 
 
 @given(st.integers(2, 100), st.integers(2, 100))
