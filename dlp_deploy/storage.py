@@ -117,15 +117,24 @@ def new_folder(final: Path) -> Iterator[Path]:
 
 
 def replace_folder(finished: Path, final: Path) -> None:
-    """Move the folder `finished` to `final`, taking the place of an older `final`."""
+    """Move the folder `finished` to `final`, taking the place of an older `final`; of a link to one, whose
+    target stays."""
     final = named(final)
     old = final.with_name(f".{final.name}.{os.getpid()}.old")
-    if final.exists():
+    if os.path.lexists(final):
         final.replace(old)
     finished.replace(final)
     sync_folder(final.parent)
-    if old.exists():
-        shutil.rmtree(old)
+    if os.path.lexists(old):
+        _remove(old)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder with all that is in it, a file, or a link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def drop_leftovers(folder: Path) -> None:
@@ -136,7 +145,7 @@ def drop_leftovers(folder: Path) -> None:
         if replaced and not path.with_name(replaced[1]).exists():
             path.replace(path.with_name(replaced[1]))
         elif is_temporary(Path(path.name)):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            _remove(path)
 
 
 def user_cache() -> Path:
