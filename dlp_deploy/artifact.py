@@ -57,6 +57,16 @@ def _of_a_graph(path: str) -> str:
     return path
 
 
+def _known_schema(version: int) -> int:
+    if version != SCHEMA:
+        raise PydanticCustomError(
+            "schema",
+            "{version} is of another release of dlp-deploy; this one reads {known}",
+            {"version": version, "known": SCHEMA},
+        )
+    return version
+
+
 # Below the artifact's folder, and in no need of resolving: what it names may be read, replaced and removed.
 InsidePath = Annotated[str, AfterValidator(_inside)]
 GraphPath = Annotated[InsidePath, AfterValidator(_of_a_graph)]
@@ -201,7 +211,7 @@ class StoredFile(_Stored):
 
 
 class Manifest(_Stored):
-    schema_version: int = SCHEMA
+    schema_version: Annotated[int, AfterValidator(_known_schema)] = SCHEMA
     created: str
     dlp_deploy: str
     source: Source

@@ -78,6 +78,16 @@ def test_a_manifest_that_is_no_text_is_refused(artifact: Path) -> None:
         read_manifest(artifact)
 
 
+def test_a_manifest_of_another_release_is_refused_as_such(artifact: Path) -> None:
+    stored = json.loads((artifact / MANIFEST).read_text())
+    for change in ({"schema_version": 2}, {"schema_version": 2, "masks": "in another form"}):
+        (artifact / MANIFEST).write_text(json.dumps(stored | change))
+        with pytest.raises(
+            UserError, match="schema_version: 2 is of another release of dlp-deploy; this one reads 1"
+        ):
+            read_manifest(artifact)
+
+
 def without(artifact: Path, names: str) -> Path:
     """The artifact, its manifest no longer listing files whose path begins with `names`."""
     manifest = read_manifest(artifact)
@@ -120,6 +130,26 @@ def test_what_is_not_finished_is_not_listed(artifact: Path) -> None:
         (artifact / name / "model.onnx").write_bytes(b"half")
     (artifact / ".recipe.yaml.77.partial").write_text("half")
     assert list_files(artifact) == before
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_folder_takes_the_place_of_a_link_whose_target_stays(tmp_path: Path, there: bool) -> None:
+    elsewhere = tmp_path / "large-disk" / "model"
+    if there:
+        elsewhere.mkdir(parents=True)
+        (elsewhere / "old").touch()
+    link = tmp_path / "model"
+    link.symlink_to(elsewhere)
+    with new_folder(link) as folder:
+        (folder / "new").touch()
+    assert [path.name for path in link.iterdir()] == ["new"]
+    assert not link.is_symlink()
+    assert (elsewhere / "old").exists() == there
+    assert {path.name for path in tmp_path.iterdir()} - {"large-disk"} == {"model"}
+    (tmp_path / ".model.7.old").symlink_to(elsewhere)
+    drop_leftovers(tmp_path)
+    assert not (tmp_path / ".model.7.old").is_symlink()
+    assert (elsewhere / "old").exists() == there
 
 
 def test_what_a_killed_process_left_is_put_in_order(tmp_path: Path) -> None:
