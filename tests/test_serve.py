@@ -149,6 +149,16 @@ def test_a_stop_string_ends_the_text_before_it(client: OpenAI) -> None:
     assert chunks[-1].choices[0].finish_reason == "stop"
 
 
+def test_a_reply_whose_length_is_not_asked_for_fits(client: OpenAI) -> None:
+    assert complete(client, "import").usage.completion_tokens == 16
+    nearly_full = [1] * (POSITIONS - 5)
+    assert complete(client, nearly_full).usage.completion_tokens == 5
+    assert complete(client, [[1, 2], nearly_full]).usage.completion_tokens == 21
+    for prompt, options in ((nearly_full, {"max_tokens": 6}), ([1] * POSITIONS, {})):
+        with pytest.raises(openai.BadRequestError, match=r"the context has 4096 tokens; .* do not fit"):
+            complete(client, prompt, **options)
+
+
 def test_a_seed_repeats_a_sampled_text(client: OpenAI) -> None:
     options = {"max_tokens": 30, "temperature": 1.0, "top_p": 0.9}
     texts = [complete(client, seed=seed, **options).choices[0].text for seed in (1, 1, 2, -1)]

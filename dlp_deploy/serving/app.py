@@ -23,7 +23,7 @@ from .failures import ApiError, add_error_handlers, error_of
 from .logprobs import of_chat, of_completion
 from .protocol import MAX_CHOICES, MAX_PROMPTS, ChatRequest, Choice, CompletionRequest, Reply
 
-# OpenAI's default for completions; a chat reply may fill the context.
+# OpenAI's default for completions, where there is room for so many; a chat reply may fill the context.
 COMPLETION_TOKENS = 16
 # Of a body: what a token takes when every prompt fills the context, and what all the rest may.
 TOKEN_BYTES = 8
@@ -70,15 +70,13 @@ def create_app(served: Served) -> FastAPI:
     async def completions(body: CompletionRequest, request: Request) -> Response:
         _check_model(served, body.model)
         prompts = [await asyncio.to_thread(served.codec.encode, prompt) for prompt in body.prompts]
-        limit = body.max_tokens or COMPLETION_TOKENS
-        return await _answer(served, request, body, prompts, limit)
+        return await _answer(served, request, body, prompts)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         _check_model(served, body.model)
         prompt = await asyncio.to_thread(served.codec.encode_chat, body.messages)
-        limit = body.max_completion_tokens or body.max_tokens or max(1, served.context - len(prompt))
-        return await _answer(served, request, body, [prompt], limit)
+        return await _answer(served, request, body, [prompt])
 
     return app
 
@@ -99,23 +97,26 @@ def _check_model(served: Served, name: str) -> None:
         raise ApiError(404, message, param="model", code="model_not_found")
 
 
-def _jobs(served: Served, body: AnyRequest, prompts: Sequence[list[int]], limit: int) -> list[Job]:
+def _jobs(served: Served, body: AnyRequest, prompts: Sequence[list[int]]) -> list[Job]:
     """What to generate for each prompt, as often as there are choices; seeds differ between these."""
     if len(prompts) * body.choices > MAX_CHOICES:
         raise ApiError(400, f"{len(prompts)} prompts with {body.choices} choices are too many", param="n")
-    for prompt in prompts:
-        _require_room(served, body, len(prompt), limit)
+    limits = [_limit(served, body, len(prompt)) for prompt in prompts]
     continues = isinstance(body, CompletionRequest)
     seeds = [None if body.seed is None else body.seed + choice for choice in range(body.choices)]
     return [
         Job(tuple(prompt), limit, body.sampling, seed, body.stops, continues, body.likeliest)
-        for prompt in prompts
+        for prompt, limit in zip(prompts, limits, strict=True)
         for seed in seeds
     ]
 
 
-def _require_room(served: Served, body: AnyRequest, length: int, limit: int) -> None:
-    if length + limit > served.context:
+def _limit(served: Served, body: AnyRequest, length: int) -> int:
+    """The most tokens to generate behind a prompt of this length. Raises ApiError when they do not fit."""
+    room = served.context - length
+    usual = room if isinstance(body, ChatRequest) else min(room, COMPLETION_TOKENS)
+    limit = body.limit or max(1, usual)
+    if limit > room:
         raise ApiError(
             400,
             f"the context has {served.context} tokens; {length} in the prompt and {limit} to generate "
@@ -123,12 +124,13 @@ def _require_room(served: Served, body: AnyRequest, length: int, limit: int) -> 
             param="messages" if isinstance(body, ChatRequest) else "prompt",
             code="context_length_exceeded",
         )
+    return limit
 
 
 async def _answer(
-    served: Served, request: Request, body: AnyRequest, prompts: Sequence[list[int]], limit: int
+    served: Served, request: Request, body: AnyRequest, prompts: Sequence[list[int]]
 ) -> Response:
-    jobs = _jobs(served, body, prompts, limit)
+    jobs = _jobs(served, body, prompts)
     reply = _reply(served, body, sum(map(len, prompts)))
     if not body.stream:
         return await _while_connected(request, _whole(served, jobs, reply))

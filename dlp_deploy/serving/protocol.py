@@ -127,6 +127,11 @@ class CompletionRequest(_Request):
         return list(self.prompt)
 
     @property
+    def limit(self) -> int | None:
+        """The most tokens that are asked for, if any number is."""
+        return self.max_tokens
+
+    @property
     def likeliest(self) -> int | None:
         """How many likeliest tokens are asked for each place; None where no likelihoods are."""
         return self.logprobs
@@ -159,6 +164,11 @@ class ChatRequest(_Request):
         if self.top_logprobs and not self.logprobs:
             raise PydanticCustomError("alone", "needs logprobs to be true", {"field": "top_logprobs"})
         return self
+
+    @property
+    def limit(self) -> int | None:
+        """As of a completion."""
+        return self.max_completion_tokens or self.max_tokens
 
     @property
     def likeliest(self) -> int | None:
