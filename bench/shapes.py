@@ -63,6 +63,11 @@ def shape_config(shape: str, blocks: int | None = None) -> Any:
     return config
 
 
+def shape_name(shape: str) -> str:
+    """What a shape is called: of a folder its own name, wherever we stand."""
+    return Path(shape).resolve().name
+
+
 def _built_in(shape: str) -> Any:
     values = dict(zip(_SIZES, _ROWS[shape], strict=True))
     kind = values.pop("model_type")

@@ -35,7 +35,7 @@ from .points import SCHEMA as POINT_SCHEMA
 from .points import Point, append_point, latest, read_points
 from .random_model import FAST_BLOCK, RandomModel
 from .report import SCHEMA, Environment, Report, Run
-from .shapes import shape_config
+from .shapes import shape_config, shape_name
 from .sweep_plan import (
     PlannedModel,
     SweepPlan,
@@ -84,10 +84,9 @@ def sweep(
 
     Each finished point is appended to `output` (sweep-<shape>.jsonl unless told), and points that are
     there already are not measured again, unless `force` starts anew; .md, .csv, .png and .svg are written
-    beside it, of a sweep that is stopped too. Raises UserError for what cannot be measured as asked, before
-    anything is.
+    beside it after each. Raises UserError for what cannot be measured as asked, before anything is.
     """
-    path = Path(output) if output else Path(f"sweep-{Path(shape).name}.jsonl")
+    path = Path(output) if output else Path(f"sweep-{shape_name(shape)}.jsonl")
     # By another name, one of the reports might take the place of the points.
     require_suffix(path, ".jsonl")
     require_writable(path.parent)
@@ -104,13 +103,11 @@ def sweep(
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     with _alone(path):
-        if force:
-            path.unlink(missing_ok=True)
-        return _run(plan, path)
+        return _run(plan, path, force)
 
 
-def _run(plan: SweepPlan, path: Path) -> list[Point]:
-    done = read_points(path)
+def _run(plan: SweepPlan, path: Path, force: bool) -> list[Point]:
+    done = [] if force else read_points(path)
     _require_same_machine(path, done)
     _name_others(path, done, plan.settings)
     finished = {(p.quant, p.sparsity) for p in latest(done, plan.settings) if p.is_whole}
@@ -120,21 +117,26 @@ def _run(plan: SweepPlan, path: Path) -> list[Point]:
         for quant in plan.quants
         if (quant, sparsity) not in finished
     ]
-    try:
-        if todo:
-            _measure_points(plan, path, todo)
-    finally:
-        # Of a sweep that is stopped too: its finished points are what there is to see.
-        if points := latest(read_points(path), plan.settings):
-            write_sweep_report(points, path)
-    return points
-
-
-def _measure_points(plan: SweepPlan, path: Path, todo: Sequence[tuple[Precision, float]]) -> None:
+    if not todo:
+        return _report(plan, path)
     with _Graphs(plan, path) as graphs:
         for number, (quant, sparsity) in enumerate(todo, 1):
             say(f"Point {number} of {len(todo)}: {plan.shape}, sparsity {sparsity:g}, {quant}")
-            append_point(path, _measure_point(plan, graphs, quant, sparsity))
+            point = _measure_point(plan, graphs, quant, sparsity)
+            if force and number == 1:
+                # Not before: until there is something new, what is there is all there is.
+                path.unlink(missing_ok=True)
+            append_point(path, point)
+            # After each: a sweep of hours may be stopped.
+            points = _report(plan, path)
+    return points
+
+
+def _report(plan: SweepPlan, path: Path) -> list[Point]:
+    """The finished points of the sweep, of which reports are written beside them."""
+    points = latest(read_points(path), plan.settings)
+    write_sweep_report(points, path)
+    return points
 
 
 @contextmanager
@@ -303,8 +305,8 @@ def _measure_point(plan: SweepPlan, graphs: _Graphs, quant: Precision, sparsity:
         schema=SCHEMA,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         dlp_deploy=version("dlp-deploy"),
-        artifact=f"{Path(plan.shape).name}, {quant}, sparsity {sparsity:g}, random weights",
-        model=Path(plan.shape).name,
+        artifact=f"{shape_name(plan.shape)}, {quant}, sparsity {sparsity:g}, random weights",
+        model=shape_name(plan.shape),
         command=plan.settings,
         environment=environment,
         evaluation=None,

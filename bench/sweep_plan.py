@@ -188,6 +188,8 @@ def random_workload(
 ) -> Workload:
     """The tokens to time on, of a text drawn at random; `context` None is the usual one. Raises UserError
     for what cannot be timed."""
+    if seed < 0:
+        raise UserError(f"--seed {seed}: give 0 or more")
     decoder = decoder_of(shape_config(shape))
     usual = usual_context(prompt_tokens, new_tokens, decoder.max_positions)
     positions = usual if context is None else context

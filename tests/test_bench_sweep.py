@@ -208,18 +208,40 @@ def test_a_sweep_goes_on_where_it_was_killed(
 def test_of_a_sweep_that_is_stopped_there_are_reports(
     shape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    append, path = sweeps.append_point, tmp_path / "s.jsonl"
+    measure, path = sweeps.measure, tmp_path / "s.jsonl"
+    turns = iter([False, True])
 
-    def stops_behind_it(*arguments: Any) -> None:
-        append(*arguments)
-        raise KeyboardInterrupt
+    def stopped_in_the_second(*arguments: Any) -> bool:
+        if next(turns):
+            raise KeyboardInterrupt
+        return measure(*arguments)
 
-    monkeypatch.setattr(sweeps, "append_point", stops_behind_it)
+    monkeypatch.setattr(sweeps, "measure", stopped_in_the_second)
     options = QUICK | {"engine": "onnxruntime", "quant": "fp32", "baseline": "none", "output": path}
     with pytest.raises(KeyboardInterrupt):
         sweep(shape, sparsity="0.5,0.75", **options)
-    assert "| fp32 | 50% |" in path.with_suffix(".md").read_text()
+    text = path.with_suffix(".md").read_text()
+    assert "| fp32 | 50% |" in text
+    assert "| fp32 | 75% |" not in text
     assert {"s.csv", "s.png", "s.svg"} <= {each.name for each in tmp_path.iterdir()}
+
+
+def test_a_sweep_that_starts_anew_keeps_what_is_there_until_there_is_more(
+    shape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = QUICK | {"engine": "onnxruntime", "quant": "fp32", "baseline": "none", "sparsity": "0.5"}
+    path = tmp_path / "s.jsonl"
+    sweep(shape, output=path, **options)
+    before = path.read_bytes()
+    with monkeypatch.context() as patched:
+        usage = namedtuple("usage", ("total", "used", "free"))
+        patched.setattr(shutil, "disk_usage", lambda path: usage(10**12, 0, 10**6))
+        with pytest.raises(UserError, match="are free; free some"):
+            sweep(shape, output=path, force=True, **options)
+    assert path.read_bytes() == before
+    (anew,) = sweep(shape, output=path, force=True, **options)
+    assert read_points(path) == [anew]
+    assert path.read_bytes() != before
 
 
 def test_a_folder_whose_config_has_changed_is_another_shape(shape: str, tmp_path: Path) -> None:
@@ -299,6 +321,7 @@ def test_a_run_that_hangs_in_a_sweep_is_ended_and_measured_again(
         ({"blocks": 1}, "--blocks 1: extrapolation needs 2 or more"),
         ({"context": 25}, "--context 25 is too short"),
         ({"cores": 1000}, "--cores 1000: this machine has"),
+        ({"seed": -1}, "--seed -1: give 0 or more"),
         ({"time_limit": float("inf")}, "--time-limit inf: give seconds"),
     ],
 )
@@ -309,6 +332,16 @@ def test_what_cannot_be_swept_is_refused(
     with pytest.raises(UserError, match=message):
         sweep(**arguments)
     assert not (tmp_path / "s.jsonl").exists()
+
+
+def test_a_folder_is_called_by_its_name_from_inside_too(
+    shape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = shutil.copytree(shape, tmp_path / "own-shape")
+    monkeypatch.chdir(own)
+    (made,) = sweep(".", sparsity="0.5", quant="fp32", engine="onnxruntime", baseline="none", **QUICK)
+    assert (own / "sweep-own-shape.jsonl").is_file()
+    assert made.report.model == "own-shape"
 
 
 def test_a_full_disk_is_noticed_before_anything_is_written(
