@@ -50,15 +50,19 @@ class Change:
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure that each report states once. `error` is the standard error of the difference, if known."""
+    """A figure that each report states once. `error` is the standard error of the difference, if known, and
+    `unlike` says why the two are not to be compared, if so."""
 
     name: str
     before: float
     after: float
     error: float | None = None
+    unlike: str = ""
 
     @property
     def verdict(self) -> str:
+        if self.unlike:
+            return self.unlike
         difference = self.after - self.before
         if difference == 0:
             return "the same"
@@ -93,8 +97,9 @@ def compare(before: str | Path, after: str | Path) -> ReportChanges:
     Times are compared as ratios of medians, speed-ups as ratios of speed-ups. Intervals come from the
     medians of the rounds of each report; they know how much rounds differ within a report, and nothing of
     what differs between two days, such as heat or the placement of memory. Speed-ups are free of most of
-    that. Memory, sizes, output errors and perplexity are set side by side; perplexities are judged by their
-    standard errors, as if their texts were drawn apart. Raises UserError for a file that is no report.
+    that. Memory, sizes, output errors and perplexity are set side by side; perplexities on the same text are
+    judged by their standard errors, as if it were two texts drawn apart. Raises UserError for a file that is
+    no report.
     """
     return compare_reports(read_report(Path(before)), read_report(Path(after)))
 
@@ -102,6 +107,7 @@ def compare(before: str | Path, after: str | Path) -> ReportChanges:
 def compare_reports(before: Report, after: Report) -> ReportChanges:
     timed = [{run.name: run for run in report.runs if run.tpot_ms} for report in (before, after)]
     pairs = [(run, timed[1][name]) for name, run in timed[0].items() if name in timed[1]]
+    unlike_texts = "" if before.evaluation == after.evaluation else "of different texts"
     return ReportChanges(
         work=(
             *_unlike_models(before, after),
@@ -112,7 +118,7 @@ def compare_reports(before: Report, after: Report) -> ReportChanges:
         latencies=tuple(_latency(*pair) for pair in pairs),
         first_tokens=tuple(_first_token(*pair) for pair in pairs),
         speedups=tuple(_speedups(before, after, *timed)),
-        figures=tuple(figure for pair in pairs for figure in _figures(*pair)),
+        figures=tuple(figure for pair in pairs for figure in _figures(*pair, unlike_texts)),
     )
 
 
@@ -162,7 +168,7 @@ def _first_token(before: Run, after: Run) -> Change:
     )
 
 
-def _figures(before: Run, after: Run) -> Iterator[Figure]:
+def _figures(before: Run, after: Run, unlike_texts: str) -> Iterator[Figure]:
     stated = _stated(before), _stated(after)
     for name, was in stated[0].items():
         now = stated[1][name]
@@ -171,7 +177,8 @@ def _figures(before: Run, after: Run) -> Iterator[Figure]:
     if before.perplexity is not None and after.perplexity is not None:
         errors = [each for each in (before.perplexity_stderr, after.perplexity_stderr) if each is not None]
         error = math.hypot(*errors) if len(errors) == 2 else None
-        yield Figure(f"{before.name}: perplexity", before.perplexity, after.perplexity, error)
+        name = f"{before.name}: perplexity"
+        yield Figure(name, before.perplexity, after.perplexity, error, unlike_texts)
 
 
 def _stated(run: Run) -> dict[str, float | None]:

@@ -9,6 +9,7 @@ says so.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -164,8 +165,8 @@ def describe_target(
             f"--machine {machine} is not known; give {', '.join(MACHINES)}, or --cores and --bandwidth"
         )
     for option, value in (("--cores", cores), ("--bandwidth", bandwidth), ("--clock", clock)):
-        if value is not None and not value > 0:
-            raise UserError(f"{option} {value}: must be more than 0")
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"{option} {value}: give a number above 0")
     if machine:
         return _changed(MACHINES[machine], cores, bandwidth, clock)
     if not cores or not bandwidth:
@@ -244,8 +245,9 @@ def _roofs(run: Run) -> Roofline:
 
 
 def _memory_ms(run: Run) -> float:
-    """What the bytes of a token took at the bandwidth that was measured beside the run."""
-    return run.tpot_ms.p50 * _roofs(run).bandwidth_share if run.tpot_ms else 0.0
+    """What the bytes of a token took at the bandwidth that was measured beside the run: all of its time at
+    most, which it seems to exceed where caches hold a part of them."""
+    return run.tpot_ms.p50 * min(1.0, _roofs(run).bandwidth_share) if run.tpot_ms else 0.0
 
 
 def _checked(run: ProjectedRun, report: Report) -> ProjectedRun:

@@ -39,6 +39,10 @@ def overhead(candidate: Candidate, options: argparse.Namespace, times: Path) -> 
             whole.append(worker.generate(ids, options.new_tokens).samples_ms)
             worker.restart()
             own.append(json.loads(times.read_text(encoding="utf-8"))[1 - options.new_tokens :])
+    if not own[-1]:
+        raise SystemExit(
+            f"{candidate.name}: timed_engine.py does not know which calls of its engine do the work"
+        )
     # The first round warms up.
     return float(np.median(whole[1:])), float(np.median(own[1:]))
 

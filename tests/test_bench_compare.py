@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dlp_deploy.bench.compare import compare, compare_reports, to_markdown
-from dlp_deploy.bench.report import OutputAgreement, Report, read_report, to_json
+from dlp_deploy.bench.report import Evaluated, OutputAgreement, Report, read_report, to_json
 from dlp_deploy.cli import main
 from dlp_deploy.errors import UserError
 
@@ -83,6 +83,16 @@ def test_memory_size_quality_and_errors_are_set_side_by_side() -> None:
     assert f"| {SPARSE}: perplexity | 20 | 22 | +10.0% | 1.4 | within its error |" in to_markdown(
         compare_reports(before, after)
     )
+
+
+def test_perplexities_of_different_texts_have_no_verdict() -> None:
+    quality = {"perplexity": 20.0, "perplexity_stderr": 1.0}
+    text = Evaluated(data="builtin", windows=16, tokens_per_window=512, sha256="abc")
+    before = with_fields(report({SPARSE: noisy(10, 1)}), **quality).model_copy(update={"evaluation": text})
+    after = with_fields(before, perplexity=40.0)
+    assert compare_reports(before, after).figures[-1].verdict == "higher"
+    other = after.model_copy(update={"evaluation": text.model_copy(update={"sha256": "def"})})
+    assert compare_reports(before, other).figures[-1].verdict == "of different texts"
 
 
 def test_one_round_has_no_verdict_and_rates_of_the_machine_are_no_facts() -> None:

@@ -105,6 +105,13 @@ def test_no_number_of_cores_reads_faster_than_the_memory() -> None:
         assert run.projected_ms == run.memory_ms == pytest.approx(20)
 
 
+def test_what_caches_hold_is_not_waited_for_longer_than_a_token_takes() -> None:
+    # 2 GB in 110 and 60 ms are about twice what one and two cores read.
+    reports = [measured(1, 100, 10, gigabytes=2), measured(2, 100, 10, gigabytes=2)]
+    sparse = project_reports(reports, describe_target(None, 20, 1e6, None)).runs[1]
+    assert sparse.projected_ms == pytest.approx(110 / 20)
+
+
 def test_the_clock_scales_what_the_cores_do() -> None:
     projection = project_reports([measured(1, 100, 0)], describe_target(None, 1, 1e6, 4.0))
     assert projection.runs[1].projected_ms == pytest.approx(50)
@@ -210,6 +217,8 @@ def test_what_cannot_be_projected_is_refused(tmp_path: Path) -> None:
         project([path], cores=4)
     with pytest.raises(UserError, match="--bandwidth -1"):
         project([path], cores=4, bandwidth=-1)
+    with pytest.raises(UserError, match="--bandwidth inf: give a number"):
+        project([path], cores=4, bandwidth=float("inf"))
     with pytest.raises(UserError, match="cannot be read"):
         project([tmp_path / "none.json"], machine="xeon-6248r")
     with pytest.raises(UserError, match="has no finished point"):
