@@ -159,6 +159,9 @@ def export(
     Weights are streamed for the families that are described here. Other decoders (GPT-NeoX, GPT-2, Falcon,
     StableLM, ...) go to ONNX Runtime alone, through optimum's exporter, which holds the whole model in memory
     in fp32, more than four times over.
+
+    An interrupted export goes on with the same command, behind the last graph that was finished and the last
+    block that was rounded on text.
     """
     options = locals().copy()
     from . import export

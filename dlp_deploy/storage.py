@@ -137,10 +137,12 @@ def _remove(path: Path) -> None:
         path.unlink()
 
 
-def drop_leftovers(folder: Path) -> None:
-    """Remove what a killed process left unfinished directly below `folder`, and end its replacements: a
-    folder that was moved away comes back where nothing took its place."""
+def drop_leftovers(folder: Path, but: str = "") -> None:
+    """Remove what a killed process left unfinished directly below `folder`, all `but` one name, and end its
+    replacements: a folder that was moved away comes back where nothing took its place."""
     for path in folder.glob("*"):
+        if path.name == but:
+            continue
         replaced = _REPLACED.fullmatch(path.name)
         if replaced and not path.with_name(replaced[1]).exists():
             path.replace(path.with_name(replaced[1]))

@@ -38,7 +38,8 @@ def export(
     Each graph is checked (structure, zeros, logits against torch) before it gets its final name and takes
     the place of an older one; until then nothing of the artifact is changed. A graph of another precision
     that is in an engine's own folder stays there, unless it is asked for again. After an interruption the
-    same call goes on behind the last finished graph (with `force` it begins anew).
+    same call goes on behind the last finished graph (with `force` those are made anew) and, where weights are
+    rounded on text, behind the last finished block.
 
     Raises UserError for unknown names, for what cannot be exported, when the text is out of reach, when the
     dense model is not the one that was pruned, when another run writes to the artifact, and without `force`

@@ -34,6 +34,7 @@ from .calibrated import quantization_text
 from .exportable import require_exportable
 from .plan import Graph
 from .publish import export_graphs, finished_export
+from .resumed import FOLDER as INTERRUPTED
 
 
 def text_for(files: ModelFiles, graphs: Sequence[Graph], spec: str) -> TokenWindows | None:
@@ -84,9 +85,10 @@ def add_graphs(
     manifest = read_manifest(artifact)
     pruned = _pruned_files(artifact, manifest)
     for folder in {(artifact / graph.folder).parent for graph in graphs}:
-        drop_leftovers(folder)
+        drop_leftovers(folder, but=INTERRUPTED)
     missing = list(graphs) if anew else _without_finished(artifact, pruned, graphs, text)
     if not missing:
+        shutil.rmtree(artifact / INTERRUPTED, ignore_errors=True)
         return
     check_files(artifact, manifest, (f"{CHECKPOINT}/",))
     if dense is None and any(graph.dense for graph in missing):

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
-import torch
 from pydantic import ValidationError
 
 from ..artifact import CHECKPOINT, Activations, Export, OutputCheck
@@ -32,10 +30,12 @@ from .decoder import Weights
 from .inputs import Int8Inputs
 from .plan import Graph
 from .reference import Reference, torch_reference, write_reference
+from .resumed import FOLDER, drop_rounded, graph_digest, inputs_digest, smoothing_below
 from .sensitivity import choose_kept, measure_costs, named_layers
 from .smooth import MIGRATION, STATIC_MIGRATION, Smoothing, measure_smoothing, smoothed_checkpoint
 from .verify import (
     PLAIN_ONNXRUNTIME,
+    VerificationError,
     check_structure,
     compare_logits,
     count_zeros,
@@ -52,11 +52,13 @@ RECORD = "export.json"
 class Source:
     """A checkpoint to export, and what is learnt from running it in torch (when first asked for).
 
-    `text` is what quantization is measured on; None where no graph needs any.
+    `text` is what quantization is measured on; None where no graph needs any. What an interrupted export
+    need not do again is stored in `work`.
     """
 
     files: ModelFiles
     text: TokenWindows | None
+    work: Path
     # By the share of an outlier that they move.
     smoothings: dict[float | None, Smoothing] = field(default_factory=dict)
 
@@ -65,11 +67,14 @@ class Source:
         return torch_reference(self.files)
 
     @property
-    def ids(self) -> torch.Tensor:
-        """int64 [windows, length]."""
+    def windows(self) -> TokenWindows:
         if self.text is None:
             raise ValueError(f"there is no text to quantize {self.files.location} on")
-        return self.text.ids
+        return self.text
+
+    @cached_property
+    def digest(self) -> str:
+        return inputs_digest(open_checkpoint(self.files), self.windows)
 
     @cached_property
     def decoder(self) -> Outline:
@@ -79,8 +84,9 @@ class Source:
         share = STATIC_MIGRATION if graph.activations == "static" else MIGRATION
         migration = share if graph.smooth else None
         if migration not in self.smoothings:
-            checkpoint = open_checkpoint(self.files)
-            self.smoothings[migration] = measure_smoothing(self.files, checkpoint, self.ids, migration)
+            checkpoint, ids = open_checkpoint(self.files), self.windows.ids
+            measure = partial(measure_smoothing, self.files, checkpoint, ids, migration)
+            self.smoothings[migration] = smoothing_below(self.work, self.digest, migration, measure)
         return self.smoothings[migration]
 
     def checkpoint(self, graph: Graph) -> Checkpoint:
@@ -104,28 +110,38 @@ class Source:
             return named_layers(graph.keep_fp32, self.decoder.linear_groups())
         checkpoint = self.checkpoint(graph)
         costs = measure_costs(
-            self.files, checkpoint, self.ids, graph.grid, graph.head_grid, self.inputs(graph)
+            self.files, checkpoint, self.windows.ids, graph.grid, graph.head_grid, self.inputs(graph)
         )
         return choose_kept(costs, graph.grid)
 
     @contextmanager
-    def weights(self, graph: Graph, kept: Collection[str]) -> Iterator[Weights]:
-        """The weights as `graph` wants them: smoothed, and rounded on text or to nearest."""
+    def weights(self, graph: Graph, kept: Sequence[str]) -> Iterator[Weights]:
+        """The weights as `graph` wants them: smoothed, and rounded on text or to nearest.
+
+        Blocks that were rounded are kept when the body fails, unless there are none.
+        """
         checkpoint = self.checkpoint(graph)
         if graph.grid is None or graph.head_grid is None or not graph.calibrated:
             yield Weights(checkpoint, self.decoder)
             return
-        with TemporaryDirectory(prefix="dlp-deploy-") as folder:
-            yield CalibratedWeights(
-                checkpoint,
-                self.files,
-                self.ids,
-                graph.grid,
-                graph.head_grid,
-                self.inputs(graph),
-                Path(folder),
-                kept,
-            )
+        folder = self.work / graph_digest(graph, kept, self.digest)
+        weights = CalibratedWeights(
+            checkpoint,
+            self.files,
+            self.windows.ids,
+            graph.grid,
+            graph.head_grid,
+            self.inputs(graph),
+            folder,
+            kept,
+        )
+        if weights.finished:
+            say(f"{graph.label}: {weights.finished} of {self.decoder.blocks} blocks were rounded before")
+        try:
+            yield weights
+        finally:
+            if not weights.finished:
+                shutil.rmtree(folder)
 
 
 def export_graphs(
@@ -141,26 +157,36 @@ def export_graphs(
     `dense` is the unpruned model, needed for baselines only; `text` what graphs are quantized on, needed for
     those that read any (`Graph.reads_text`). `publish` gives a finished folder its final
     name, as soon as it is verified. Raises VerificationError; whatever is raised, nothing is left of the
-    failing graph, and what was there before it still is.
+    failing graph but, when it was interrupted, what it had measured and rounded, and what was there before it
+    still is.
     """
-    sources = {False: Source(pruned, text)} | ({True: Source(dense, text)} if dense else {})
+    work = artifact / FOLDER
+    sources = {False: Source(pruned, text, work)} | ({True: Source(dense, text, work)} if dense else {})
 
     def put(folder: Path, export: Export) -> None:
         replace_folder(folder, artifact / export.path)
 
-    return tuple(_export_one(artifact, sources[graph.dense], graph, publish or put) for graph in graphs)
+    exports = tuple(_export_one(artifact, sources[graph.dense], graph, publish or put) for graph in graphs)
+    shutil.rmtree(work, ignore_errors=True)
+    return exports
 
 
 def _export_one(
     artifact: Path, source: Source, graph: Graph, publish: Callable[[Path, Export], None]
 ) -> Export:
     folder = partial_folder(artifact / graph.folder)
-    with naming_full_disk(folder), _removed_on_failure(folder):
-        export = _write_and_verify(folder, artifact / CHECKPOINT, source, graph)
-        write_text(folder / RECORD, export.model_dump_json(indent=2) + "\n")
-        sync_files(folder)
+    try:
+        with naming_full_disk(folder), _removed_on_failure(folder):
+            export = _write_and_verify(folder, artifact / CHECKPOINT, source, graph)
+            write_text(folder / RECORD, export.model_dump_json(indent=2) + "\n")
+            sync_files(folder)
+    except VerificationError:
+        # The same weights would be refused again.
+        drop_rounded(source.work)
+        raise
     with naming_full_disk(artifact / graph.folder):
         publish(folder, export)
+    drop_rounded(source.work)
     say(_summary(export))
     return export
 

@@ -11,8 +11,9 @@ import pytest
 from filelock import FileLock
 
 from dlp_deploy.artifact import CHECKPOINT, check_files, graph_of, read_manifest, write_manifest
+from dlp_deploy.bench.environments import install
 from dlp_deploy.errors import UserError
-from dlp_deploy.export import export, publish
+from dlp_deploy.export import calibrated, export, publish, resumed
 from dlp_deploy.unfinished import LOCK
 
 from .artifacts import pruned
@@ -85,13 +86,17 @@ def test_force_on_a_full_disk_changes_nothing(artifact: Path) -> None:
     assert contents(artifact) == before
 
 
+@pytest.mark.parametrize("options", [("--quant", "int8"), ("--quant", "int4", "--rounding", "gptq")])
 def test_force_for_a_graph_that_turns_out_wrong_is_one_line_and_changes_nothing(
-    artifact: Path, monkeypatch: pytest.MonkeyPatch, run: Callable[..., tuple[int, str, str]]
+    options: tuple[str, ...],
+    artifact: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    run: Callable[..., tuple[int, str, str]],
 ) -> None:
     before = contents(artifact)
     found = publish.engine_logits
     monkeypatch.setattr(publish, "engine_logits", lambda *arguments: -found(*arguments))
-    status, _, error = run("export", artifact, *COMMAND, "--quant", "int8", "--force")
+    status, _, error = run("export", artifact, *COMMAND, *options, "--force")
     assert (status, error.count("\n")) == (1, 1)
     assert "error of its logits in onnxruntime" in error
     assert contents(artifact) == before
@@ -129,6 +134,82 @@ def test_an_interrupted_export_goes_on_behind_the_last_finished_graph(
     status, _, error = run(*command)
     assert (status, error.count("\n")) == (2, 1)
     assert "--force" in error
+
+
+SMOOTHED = ("--target", "deepsparse", "--baseline", "none")
+
+
+def rounded_blocks(monkeypatch: pytest.MonkeyPatch, stop_at: int | None = None) -> list[int]:
+    """Blocks that GPTQ was begun for, from now on; Ctrl-C instead of the `stop_at`-th."""
+    begun: list[int] = []
+    measure = calibrated.measure_inputs
+
+    def measured(*arguments: Any) -> Any:
+        if len(begun) == stop_at:
+            raise KeyboardInterrupt
+        begun.append(len(begun))
+        return measure(*arguments)
+
+    monkeypatch.setattr(calibrated, "measure_inputs", measured)
+    return begun
+
+
+def test_an_interrupted_rounding_goes_on_behind_the_last_finished_block(
+    artifact: Path, tmp_path: Path, run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install("deepsparse")
+    straight = Path(shutil.copytree(artifact, tmp_path / "straight"))
+    export(straight, "int8", "deepsparse", "none")
+    before = graphs(artifact)
+    with monkeypatch.context() as patched:
+        assert rounded_blocks(patched, stop_at=2) == []
+        assert run("export", artifact, *SMOOTHED)[0] == 130
+    assert [path.name for path in artifact.glob("*.partial")] == [resumed.FOLDER]
+    listed = {stored.path for stored in read_manifest(artifact).files}
+    assert not any(path.startswith(resumed.FOLDER) for path in listed)
+
+    with monkeypatch.context() as patched:
+        begun = rounded_blocks(patched)
+        patched.setattr(publish, "measure_smoothing", pytest.fail)
+        status, _, said = run("export", artifact, *SMOOTHED)
+    assert status == 0
+    assert "2 of 3 blocks were rounded before" in said
+    assert begun == [0]
+    assert graphs(artifact) == before | {"deepsparse": "int8"}
+    assert not list(artifact.glob("*.partial"))
+    assert contents(artifact / "deepsparse").keys() == contents(straight / "deepsparse").keys()
+    for name in ("model.onnx", "model.onnx.data"):
+        assert (artifact / "deepsparse" / name).read_bytes() == (straight / "deepsparse" / name).read_bytes()
+
+
+@pytest.mark.parametrize("change", [{"calib": "text"}, {"block_size": 64}, {"keep_fp32": "*.o_proj"}])
+def test_blocks_that_were_rounded_in_another_way_are_rounded_again(
+    change: dict[str, str], artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "calib" in change:
+        text = tmp_path / "text.txt"
+        text.write_text(" ".join(str(number) for number in range(4000)))
+        change = {"calib": str(text)}
+    options: dict[str, Any] = {"quant": "int4", "target": "onnxruntime", "baseline": "none"}
+    with monkeypatch.context() as patched:
+        rounded_blocks(patched, stop_at=2)
+        with pytest.raises(KeyboardInterrupt):
+            export(artifact, **options)
+    begun = rounded_blocks(monkeypatch)
+    export(artifact, **options, **change)
+    assert begun == [0, 1, 2]
+    assert not list(artifact.glob("*.partial"))
+
+
+def test_a_rounding_that_is_interrupted_in_its_first_block_leaves_nothing(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = contents(artifact)
+    rounded_blocks(monkeypatch, stop_at=0)
+    with pytest.raises(KeyboardInterrupt):
+        export(artifact, "int4", "onnxruntime", "none")
+    assert contents(artifact) == before
+    assert not list(artifact.glob(f"{resumed.FOLDER}/*"))
 
 
 def test_force_that_is_interrupted_loses_no_graph(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
