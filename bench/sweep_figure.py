@@ -15,7 +15,8 @@ from .report import Comparison, Run
 
 COLORS = {"fp32": "#1d6fa5", "int8": "#2a8c82", "int4": "#e08e45"}
 # Of dense models that were measured, and that were extrapolated: in other engines, and in ONNX Runtime.
-DASHES = (("-.", (0, (1, 4))), ("--", ":"))
+Dashes = str | tuple[int, tuple[int, int]]
+DASHES: tuple[tuple[Dashes, Dashes], ...] = (("-.", (0, (1, 4))), ("--", ":"))
 # Inches.
 LEGEND_LINE = 0.19
 
