@@ -10,6 +10,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -68,6 +69,21 @@ engine_app = typer.Typer(no_args_is_help=True, help="Engines that live in enviro
 app.add_typer(bench_app, name="bench")
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(engine_app, name="engine")
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"dlp-deploy {version('dlp-deploy')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the release.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command("prune-export")

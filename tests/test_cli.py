@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import onnx
@@ -167,3 +168,7 @@ def test_wrong_input_is_one_clear_line(
     assert len(err.strip().splitlines()) == 1
     assert said in err
     assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_the_release_is_told(run: Callable[..., tuple[int, str, str]]) -> None:
+    assert run("--version") == (0, f"dlp-deploy {version('dlp-deploy')}\n", "")
