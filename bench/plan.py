@@ -30,6 +30,7 @@ class Candidate:
     weight_bytes: int
     weights: str
     block_size: int | None = None
+    head_sparsity: float = 0.0
     notes: tuple[str, ...] = ()
 
 
@@ -129,7 +130,7 @@ def _installed(baselines: Mapping[str, Export]) -> list[str]:
 
 def _graph_run(artifact: Path, manifest: Manifest, export: Export, engine: Engine) -> Candidate:
     kind = "dense" if export.dense else _sparsity_label(manifest)
-    folder = artifact / export.path
+    folder, head = artifact / export.path, manifest.pruning.head
     return Candidate(
         name=f"{engine.name}-{export.precision}-{kind}",
         engine=engine,
@@ -140,6 +141,7 @@ def _graph_run(artifact: Path, manifest: Manifest, export: Export, engine: Engin
         reference=folder,
         weight_bytes=export.weight_bytes,
         weights="dense" if export.dense else "pruned",
+        head_sparsity=0.0 if export.dense or head is None else head.measured,
         block_size=export.block_size,
         notes=export.notes,
     )
@@ -160,9 +162,15 @@ def _checkpoint_run(artifact: Path, manifest: Manifest, engine: Engine) -> Candi
         sparsity=manifest.pruning.sparsity,
         model=artifact / CHECKPOINT,
         reference=artifact / graphs[0].path,
-        weight_bytes=4 * manifest.source.parameters,
+        weight_bytes=4 * _parameters(manifest),
         weights="pruned",
     )
+
+
+def _parameters(manifest: Manifest) -> int:
+    """Those of the pruned model, whose head may be one of its own where that of the dense model was not."""
+    head = manifest.pruning.head
+    return manifest.source.parameters + (head.weights if head is not None and head.untied else 0)
 
 
 def _sparsity_label(manifest: Manifest) -> str:

@@ -62,12 +62,14 @@ def _traffic(outcome: Outcome, decoder: Outline) -> Traffic:
         return _checkpoint_traffic(candidate.weight_bytes, decoder)
     if candidate.model.suffix == ".gguf":
         return gguf_traffic(candidate.model, decoder)
-    return graph_traffic(
-        candidate.model, decoder, candidate.sparsity if candidate.engine.skips_zeros else 0.0
-    )
+    if not candidate.engine.skips_zeros:
+        return graph_traffic(candidate.model, decoder)
+    return graph_traffic(candidate.model, decoder, candidate.sparsity, candidate.head_sparsity)
 
 
-def graph_traffic(model: Path, decoder: Outline, skipped: float = 0.0) -> Traffic:
+def graph_traffic(
+    model: Path, decoder: Outline, skipped: float = 0.0, skipped_of_head: float = 0.0
+) -> Traffic:
     """The traffic of a graph of ours, of whose block weights the engine skips the share `skipped`.
 
     What an engine keeps of a sparse matrix is estimated as its nonzeros and one bit per weight, and
@@ -77,17 +79,22 @@ def graph_traffic(model: Path, decoder: Outline, skipped: float = 0.0) -> Traffi
     tied = _transposed(graph)
     tables = _tables(graph) - set(tied.values())
     sizes = {tensor.name: _bytes(tensor) for tensor in graph.initializer if tensor.name not in tables}
-    # The head comes last and is never pruned.
+    # The head comes last.
     *blocks, head = _matrices(graph, sizes, tied)
-    kept = sum(min(m.bytes, (1 - skipped) * m.bytes + m.elements / 8) if skipped else m.bytes for m in blocks)
-    others = sum(sizes.values()) - sum(m.bytes for m in blocks)
+    shares = [*((matrix, skipped) for matrix in blocks), (head, skipped_of_head)]
+    kept = sum(_kept_bytes(matrix, share) for matrix, share in shares)
+    others = sum(sizes.values()) - sum(m.bytes for m, _ in shares)
     return Traffic(
         weight_bytes=kept + others,
-        operations=2 * ((1 - skipped) * sum(m.elements for m in blocks) + head.elements),
+        operations=2 * sum((1 - share) * m.elements for m, share in shares),
         position_bytes=sum(_position_bytes(value) for value in graph.input),
         position_operations=_attention_operations(decoder),
-        estimated=skipped > 0,
+        estimated=max(skipped, skipped_of_head) > 0,
     )
+
+
+def _kept_bytes(matrix: _Matrix, skipped: float) -> float:
+    return min(matrix.bytes, (1 - skipped) * matrix.bytes + matrix.elements / 8) if skipped else matrix.bytes
 
 
 def gguf_traffic(model: Path, decoder: Outline) -> Traffic:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -68,6 +68,14 @@ def measure_inputs(
                 if target is not None:
                     target.write(windows, output)
     return collector.result()
+
+
+def measure_rows(rows: Iterable[torch.Tensor], kind: Kind) -> torch.Tensor:
+    """The same of one layer whose inputs are all `rows`, float32 [some tokens, in] each: norms or X^T X."""
+    collector = _Collector(kind)
+    for some in rows:
+        collector.see("", some)
+    return collector.result().of("")
 
 
 class _Collector:

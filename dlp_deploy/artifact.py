@@ -21,9 +21,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 from pydantic_core import PydanticCustomError
 
 from .errors import UserError
@@ -97,6 +105,18 @@ class BlockSparsity(_Stored):
     weights: int
 
 
+class HeadSparsity(_Stored):
+    """The output head, where it is pruned: the sparsity that was asked for, and the one counted in its mask.
+
+    `untied` says that the embedding served as head, which is now a weight of its own.
+    """
+
+    asked: float
+    measured: float
+    weights: int
+    untied: bool
+
+
 class CalibrationRecord(_Stored):
     """The token windows that the activations were measured on; `sha256` is over the int64 token ids."""
 
@@ -108,6 +128,8 @@ class CalibrationRecord(_Stored):
 
 
 class Pruning(_Stored):
+    """How a model was pruned. `sparsity` is that of its blocks; `head` is None where the head is dense."""
+
     method: str
     allocation: str
     statistic: str | None
@@ -118,6 +140,13 @@ class Pruning(_Stored):
     blocks: tuple[BlockSparsity, ...]
     calibration: CalibrationRecord | None
     resumed_from_block: tuple[int, ...] = ()
+    head: HeadSparsity | None = None
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without a word of a dense head: earlier releases refuse what they do not know."""
+        stored = serialize(self)
+        return stored if self.head is not None else {k: v for k, v in stored.items() if k != "head"}
 
 
 class HeldOutLoss(_Stored):

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .checkpoint import Checkpoint, open_checkpoint
+from .checkpoint import Checkpoint, open_checkpoint, untied_checkpoint
 from .errors import UserError
 from .families import Decoder, Family
 from .hidden import HiddenStates, window_batches
@@ -98,6 +98,11 @@ class BlockModel:
 
     def parameters(self) -> int:
         return sum(torch.Size(shape).numel() for shape in self._shapes.values())
+
+    def head(self) -> tuple[str, torch.Tensor]:
+        """Name and weight [vocabulary, hidden] of the head, as stored: of a tied one, the embedding."""
+        name = f"{self.decoder.family.head}.weight"
+        return name, untied_checkpoint(self.checkpoint, self.decoder.family).tensor(name)
 
     def read_block(self, index: int) -> dict[str, torch.Tensor]:
         """The tensors of a block in their stored dtype, by their names in the checkpoint."""

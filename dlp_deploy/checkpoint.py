@@ -97,6 +97,13 @@ class Checkpoint:
         return combined_sha256({name: tensor_sha256(self.tensor(name)) for name in self._tensors})
 
 
+def untied_checkpoint(checkpoint: Checkpoint, family: Family) -> Checkpoint:
+    """The same tensors and, where the embedding serves as head, these once more under the head's name."""
+    tensors = {name: checkpoint.stored(name) for name in checkpoint.names()}
+    tensors.setdefault(f"{family.head}.weight", tensors[f"{family.embedding}.weight"])
+    return Checkpoint(tensors, checkpoint.location)
+
+
 def is_finite(tensor: torch.Tensor) -> bool:
     """Whether a floating-point tensor on the CPU holds neither NaN nor Inf.
 

@@ -19,9 +19,9 @@ class Family:
     """Names of the modules of a Hugging Face causal language model, and what is peculiar in its arithmetic.
 
     `attention` and `mlp` are the prunable linear layers of one decoder block, in the order of the forward
-    pass; embeddings and the head are never pruned (DLP, section 3). The last of each writes to the
-    residual stream and the others read the normed stream: query, key and value, or one layer with their
-    rows in this order; gate and up (up alone without `gated`), or one layer with their rows.
+    pass; embeddings are never pruned (DLP, section 3), and the head only when that is asked for. The last of
+    each writes to the residual stream and the others read the normed stream: query, key and value, or one
+    layer with their rows in this order; gate and up (up alone without `gated`), or one layer with their rows.
     """
 
     name: str

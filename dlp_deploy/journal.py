@@ -9,8 +9,8 @@ from typing import Any
 
 from .storage import naming_full_disk, sync_folder
 
-EMBEDDED, SHARED, SCORED, PRUNED, RESUMED = "embedded", "shared", "scored", "pruned", "resumed"
-EVALUATED, TRAINED = "evaluated", "trained"
+EMBEDDED, SHARED, SCORED, PRUNED, HEAD = "embedded", "shared", "scored", "pruned", "head"
+RESUMED, EVALUATED, TRAINED = "resumed", "evaluated", "trained"
 
 
 class Journal:

@@ -34,6 +34,17 @@ Alpha = Annotated[
 Statistic = Annotated[
     str | None, typer.Option(help="Statistic of the layer score; dlp uses median unless told.")
 ]
+HeadSparsity = Annotated[
+    float | None,
+    typer.Option(
+        help="Share of the output head to prune, by the same method and pattern. Default: it stays dense. "
+        "Worth a try for DeepSparse, which alone gains from zeros, where the head is much of what a token "
+        "reads: 21 % of SmolLM2-135M's weights, 2 % of LLaMA2-7B's. What it costs, eval says. A head that is "
+        "tied to the embedding gets weights of its own. recipe.yaml does not name it: in a tied model, the "
+        "tools that read that would prune the embedding too.",
+        show_default=False,
+    ),
+]
 Pattern = Annotated[str, typer.Option(help="unstructured, or N:M such as 2:4.")]
 Calib = Annotated[
     str,

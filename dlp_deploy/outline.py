@@ -7,6 +7,7 @@ the order in which they are called. What cannot be read off like that is refused
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -54,6 +55,28 @@ def require_decoder(config: Any) -> None:
             f"architecture {', '.join(names) or 'unknown'} is not supported; supported are decoders that "
             "transformers has for causal language modeling, such as LlamaForCausalLM"
         )
+
+
+def untied_config(config: Any) -> Any:
+    """The config of the same model with a head that shares no weights with the embedding.
+
+    Raises UserError when its class has no such head.
+    """
+    untied = copy.deepcopy(config)
+    untied.tie_word_embeddings = False
+    if not (is_described(config) or _has_linear_head(untied)):
+        raise UserError(
+            f"{architectures_of(config)[0]} cannot have a linear layer with weights of its own as its head, "
+            "which is what can be pruned; leave out --head-sparsity"
+        )
+    return untied
+
+
+def _has_linear_head(config: Any) -> bool:
+    with FakeTensorMode():
+        model: Any = model_of(config)
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    return isinstance(head, nn.Linear) and head.weight is not embedding.weight
 
 
 @dataclass

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from .activations import Inputs, Kind, measure_inputs
+from .activations import Inputs, Kind, measure_inputs, measure_rows
 from .artifact import CHECKPOINT
 from .blocks import Block, BlockModel
 from .checkpoint import safetensors_entries, shard_name, tensor_sha256, write_shard
 from .hidden import HiddenStates
-from .journal import EMBEDDED, PRUNED, SCORED, SHARED, Journal
+from .journal import EMBEDDED, HEAD, PRUNED, SCORED, SHARED, Journal
 from .masking import Method, Pattern
 from .progress import progress
 from .recipes.masks import PackedMask, identity_of, pack_mask, sign_sample, write_masks, zero_pruned
@@ -31,7 +31,10 @@ from .unfinished import work_folder
 
 @dataclass(frozen=True)
 class Run:
-    """What both passes work with: `ids` int64 [windows, length] or None, `folder` the growing artifact."""
+    """What both passes work with: `ids` int64 [windows, length] or None, `folder` the growing artifact.
+
+    `head_sparsity` is None where the head stays dense.
+    """
 
     model: BlockModel
     method: Method
@@ -39,6 +42,7 @@ class Run:
     ids: torch.Tensor | None
     folder: Path
     journal: Journal
+    head_sparsity: float | None = None
 
     @property
     def work(self) -> Path:
@@ -58,7 +62,18 @@ class Run:
         """Shard 0 holds the embeddings, 1 to `blocks` one block each, and the last what comes after."""
         return self.folder / CHECKPOINT / shard_name(index, self.blocks + 2)
 
+    @property
+    def head(self) -> Path:
+        """The pruned head, until the last shard is written."""
+        return self.work / "head.safetensors"
+
+    @property
+    def mask_files(self) -> list[Path]:
+        """The masks of all blocks, and of the head if it is pruned."""
+        return [self.masks(part) for part in range(self.blocks + (self.head_sparsity is not None))]
+
     def masks(self, block: int) -> Path:
+        """The masks of a block; those behind the last one are of the head."""
         return self.work / f"masks-{block:05d}.safetensors"
 
     def entering(self, block: int) -> HiddenStates:
@@ -145,21 +160,27 @@ def _prune_block(run: Run, index: int, sparsity: float) -> None:
         weight = block.linears[linear].weight.detach()
         known = None if inputs is None else inputs.of(linear)
         pruned = run.method.prune(weight, known, sparsity, run.pattern)
-        keep, changed = run.model.as_stored(pruned.keep.cpu()).contiguous(), pruned.weight
+        keep = run.model.as_stored(pruned.keep.cpu()).contiguous()
         masks[name] = _packed(keep, tensors[name], digests[name])
         kept += int(np.count_nonzero(keep.numpy()))
-        if changed is None:
-            zero_pruned(tensors[name], keep)
-        else:
-            tensors[name] = run.model.as_stored(changed).to("cpu", tensors[name].dtype).contiguous()
+        changed = None if pruned.weight is None else run.model.as_stored(pruned.weight)
+        tensors[name] = _kept_weights(tensors[name], keep, changed)
         # The next block sees what the checkpoint will hold, rounded to its dtype.
         weight.copy_(run.model.as_stored(tensors[name]))
     write_shard(run.shard(index + 1), tensors)
     # The digest of the whole model is not known before the last block; the merged file gets it.
     write_masks(run.masks(index), masks, identity_of(run.model.decoder, run.model.checkpoint.location, ""))
-    if inputs is not None and index + 1 < run.blocks:
+    if inputs is not None and (index + 1 < run.blocks or run.head_sparsity is not None):
         _advance_hidden_states(run, index, block)
     run.journal.append(PRUNED, block=index, kept=kept, digests=digests)
+
+
+def _kept_weights(stored: torch.Tensor, keep: torch.Tensor, changed: torch.Tensor | None) -> torch.Tensor:
+    """What the checkpoint will hold for `stored`, in its dtype: what is kept of it, or became of that."""
+    if changed is not None:
+        return changed.to("cpu", stored.dtype).contiguous()
+    zero_pruned(stored, keep)
+    return stored
 
 
 def _packed(keep: torch.Tensor, source: torch.Tensor, digest: str) -> PackedMask:
@@ -181,13 +202,39 @@ def _advance_hidden_states(run: Run, index: int, block: Block) -> None:
     target.sync()
 
 
+def prune_head(run: Run) -> None:
+    """Behind both passes: prune the head, if that was asked for, on what the pruned blocks and the final norm
+    make of the text. A head that is tied to the embedding becomes one of its own."""
+    if run.head_sparsity is None or run.journal.steps(HEAD):
+        return
+    with progress("Pruning the head", 1) as advance:
+        name, stored = run.model.head()
+        weight, known = stored.to(run.model.device, torch.float32), _head_inputs(run)
+        pruned = run.method.prune(weight, known, run.head_sparsity, run.pattern)
+        keep = pruned.keep.cpu()
+        mask = _packed(keep, stored, tensor_sha256(stored))
+        write_shard(run.head, {name: _kept_weights(stored, keep, pruned.weight)})
+        identity = identity_of(run.model.decoder, run.model.checkpoint.location, "")
+        write_masks(run.masks(run.blocks), {name: mask}, identity)
+        run.journal.append(HEAD, kept=int(np.count_nonzero(keep.numpy())), weights=keep.numel())
+        advance()
+
+
+def _head_inputs(run: Run) -> torch.Tensor | None:
+    if run.method.inputs == "nothing":
+        return None
+    return measure_rows(run.model.final_states(run.leaving(run.blocks - 1)), run.method.inputs)
+
+
 def write_outside_tensors(run: Run) -> dict[str, str]:
-    """Write the shards around the blocks. Returns the digests of their tensors."""
+    """Write the shards around the blocks. Returns the digests of the dense model's tensors in them."""
     embedding = f"{run.model.decoder.family.embedding}.weight"
     after = [name for name in run.model.outside_names() if name != embedding]
     digests: dict[str, Any] = {}
     for shard, names in ((0, [embedding]), (run.blocks + 1, after)):
         tensors = {name: run.model.checkpoint.tensor(name) for name in names}
         digests |= {name: tensor_sha256(tensor) for name, tensor in tensors.items()}
+        if shard and run.head_sparsity is not None:
+            tensors |= {name: pruned.read() for name, pruned in safetensors_entries(run.head).items()}
         write_shard(run.shard(shard), tensors)
     return digests

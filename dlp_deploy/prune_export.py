@@ -32,6 +32,7 @@ def prune_export(
     recipe: str | Path | None = None,
     resume: bool = False,
     force: bool = False,
+    head_sparsity: float | None = None,
 ) -> Path:
     """Prune `model`, export it, and return the artifact's folder: `prune`, then `export`, see there.
 
@@ -67,6 +68,7 @@ def prune_export(
         recipe=recipe,
         resume=resume,
         force=force,
+        head_sparsity=head_sparsity,
         suffix=f"-{graphs[0].precision}",
         then=lambda folder, dense: add_graphs(folder, graphs, text, dense),
     )

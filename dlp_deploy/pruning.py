@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,17 @@ import numpy as np
 import torch
 
 from .allocation import allocation_named, chosen_alpha, densities, in_steps
-from .artifact import MANIFEST, BlockSparsity, CalibrationRecord, Pruning
+from .artifact import MANIFEST, BlockSparsity, CalibrationRecord, HeadSparsity, Pruning
 from .blocks import BlockModel
 from .calibration import TokenWindows, calibration_windows, stored_windows
 from .checkpoint import open_checkpoint, write_shard
 from .errors import UserError
 from .families import Outline
-from .journal import PRUNED, RESUMED, SCORED, Journal
+from .journal import HEAD, PRUNED, RESUMED, SCORED, Journal
 from .masking import method_named, parse_pattern
 from .models import ModelFiles, load_config, load_tokenizer, resolve_model
-from .outline import outline_of
-from .passes import Run, embed, prune_blocks, score_blocks
+from .outline import outline_of, untied_config
+from .passes import Run, embed, prune_blocks, prune_head, score_blocks
 from .recipes.plan import plan_of
 from .recipes.ready_made import load_recipe
 from .results import write_results
@@ -38,7 +38,8 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Plan:
-    """How much of each block goes, by what rule. `sparsities` are given by a recipe, or empty."""
+    """How much of each block goes, by what rule, and of the head (None: nothing). `sparsities` are given by a
+    recipe, or empty."""
 
     method: str
     allocation: str
@@ -47,6 +48,7 @@ class Plan:
     pattern: str
     sparsity: float
     sparsities: tuple[float, ...] = ()
+    head_sparsity: float | None = None
 
     @property
     def reads_text(self) -> bool:
@@ -81,6 +83,7 @@ def prune(
     recipe: str | Path | None = None,
     resume: bool = False,
     force: bool = False,
+    head_sparsity: float | None = None,
     *,
     suffix: str = "",
     then: Callable[[Path, ModelFiles], None] | None = None,
@@ -90,7 +93,9 @@ def prune(
     `sparsity` is the share of the decoder blocks' linear weights that become zero, exact over the model
     to the rounding of one weight a matrix. `allocation` spreads it over the blocks by the layer score
     `statistic` (None: the allocation's own), `method` chooses the weights within a layer. A `recipe`
-    (file or ready-made name) replaces all of these. Memory: one decoder block, and for SparseGPT a few
+    (file or ready-made name) replaces all of these. With `head_sparsity` the output head is pruned as well,
+    by the same method and pattern, behind the last block; one that is tied to the embedding gets weights of
+    its own. Memory: one decoder block, or the head where it is pruned, and for SparseGPT a few
     matrices of [in, in] float32 of its widest layer; the hidden states of the calibration windows are in
     files under `<output>.partial/`, where each finished block is final. A run that was stopped goes on
     from there with `resume`, to bit-identical results.
@@ -101,8 +106,13 @@ def prune(
     Raises UserError for what the user can mend; finished blocks stay usable.
     """
     files = resolve_model(model)
-    decoder = outline_of(load_config(files))
+    config = load_config(files)
+    decoder = outline_of(config)
     plan = _plan(decoder, sparsity, method, allocation, alpha, statistic, pattern, recipe)
+    if head_sparsity is not None:
+        _check_head(head_sparsity, plan.pattern)
+        untied_config(config)
+        plan = replace(plan, head_sparsity=head_sparsity)
     text = Text(calib, nsamples, seqlen, seed)
     if plan.reads_text and seqlen > decoder.max_positions:
         raise UserError(f"--seqlen {seqlen} is longer than the {decoder.max_positions} positions of {model}")
@@ -163,6 +173,21 @@ def _check_pattern(text: str, allocation: str, sparsity: float) -> None:
         raise UserError(f"pattern {text} prunes {pattern.pruned / pattern.group:g}; give that as --sparsity")
 
 
+def _check_head(sparsity: float, text: str) -> None:
+    if not 0 < sparsity < 1:
+        raise UserError(
+            f"--head-sparsity {sparsity} is impossible; give a share between 0 and 1, such as 0.5, or leave "
+            "it out for a dense head"
+        )
+    pattern = parse_pattern(text)
+    if pattern.group is None:
+        return
+    pruned = round(sparsity * pattern.group) if pattern.pruned is None else pattern.pruned
+    nearest = min(max(pruned, 1), pattern.group - 1) / pattern.group
+    if not math.isclose(sparsity, nearest):
+        raise UserError(f"pattern {text} can prune {nearest:g} of the head; give that as --head-sparsity")
+
+
 def _folder_name(files: ModelFiles, plan: Plan) -> str:
     return f"{files.name}-{plan.allocation}-s{100 * plan.sparsity:g}"
 
@@ -192,7 +217,7 @@ def _execute(files: ModelFiles, plan: Plan, text: Text, partial: Path, device: s
     model = BlockModel(files, open_checkpoint(files), device)
     windows = _windows(files, text, partial) if plan.reads_text else None
     ids = None if windows is None else windows.ids
-    run = Run(model, method, parse_pattern(plan.pattern), ids, partial, journal)
+    run = Run(model, method, parse_pattern(plan.pattern), ids, partial, journal, plan.head_sparsity)
     _note_resumption(run)
     if not journal.steps(PRUNED):
         _check_room(run)
@@ -200,6 +225,7 @@ def _execute(files: ModelFiles, plan: Plan, text: Text, partial: Path, device: s
     scores = score_blocks(run, plan.statistic) if plan.statistic is not None else None
     sparsities = _sparsities(run, plan, scores)
     prune_blocks(run, sparsities)
+    prune_head(run)
     write_results(run, files, _record(run, plan, windows, scores, sparsities))
 
 
@@ -226,6 +252,9 @@ def _check_room(run: Run) -> None:
         torch.Size(checkpoint.shape(name)).numel() * checkpoint.dtype(name).itemsize
         for name in run.model.names()
     )
+    if run.head_sparsity is not None:
+        # In the work folder as well and, where it was tied, in the checkpoint.
+        needed += 2 * run.model.head()[1].nbytes
     if run.ids is not None:
         needed += 3 * 4 * run.ids.numel() * run.model.decoder.hidden
     free = shutil.disk_usage(run.folder).free
@@ -278,6 +307,19 @@ def _record(
         blocks=blocks,
         calibration=None if windows is None else calibration_record(windows),
         resumed_from_block=tuple(entry["block"] for entry in run.journal.steps(RESUMED)),
+        head=_head_record(run),
+    )
+
+
+def _head_record(run: Run) -> HeadSparsity | None:
+    if run.head_sparsity is None:
+        return None
+    (entry,) = run.journal.steps(HEAD)
+    return HeadSparsity(
+        asked=run.head_sparsity,
+        measured=1 - entry["kept"] / entry["weights"],
+        weights=entry["weights"],
+        untied=run.model.decoder.tied_embeddings,
     )
 
 

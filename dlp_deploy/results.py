@@ -20,6 +20,7 @@ from .artifact import (
 from .checkpoint import combined_sha256, write_index
 from .journal import PRUNED
 from .models import ModelFiles, load_config, load_tokenizer, save_tokenizer
+from .outline import untied_config
 from .passes import Run, write_outside_tensors
 from .recipes.masks import identity_of, open_masks, write_masks
 from .recipes.plan import recipe_from_pruning
@@ -32,7 +33,7 @@ COMPANIONS = ("generation_config.json", "LICENSE", "LICENSE.txt", "LICENSE.md")
 def write_results(run: Run, files: ModelFiles, pruning: Pruning) -> None:
     """Complete the artifact once all blocks are pruned; the manifest comes last."""
     sha256 = combined_sha256(_digests(run))
-    write_companions(files, run.folder / CHECKPOINT)
+    write_companions(files, run.folder / CHECKPOINT, untied=run.head_sparsity is not None)
     _merge_masks(run, files.name, sha256)
     write_recipe(run.folder / RECIPE, recipe_from_pruning(pruning, run.model.decoder.family))
     source = Source(
@@ -54,10 +55,12 @@ def _digests(run: Run) -> dict[str, str]:
     return digests
 
 
-def write_companions(files: ModelFiles, checkpoint: Path) -> None:
-    """Put index, config, tokenizer and licence beside the shards of a checkpoint."""
+def write_companions(files: ModelFiles, checkpoint: Path, untied: bool = False) -> None:
+    """Put index, config, tokenizer and licence beside the shards of a checkpoint, of which `untied` says that
+    it has a head of its own whatever the model had."""
     write_index(checkpoint)
-    load_config(files).save_pretrained(checkpoint)
+    config = load_config(files)
+    (untied_config(config) if untied else config).save_pretrained(checkpoint)
     save_tokenizer(load_tokenizer(files), checkpoint)
     for name in COMPANIONS:
         if files.gguf is None and (files.folder / name).is_file():
@@ -65,7 +68,7 @@ def write_companions(files: ModelFiles, checkpoint: Path) -> None:
 
 
 def _merge_masks(run: Run, name: str, sha256: str) -> None:
-    parts = [open_masks(run.masks(index)) for index in range(run.blocks)]
+    parts = [open_masks(path) for path in run.mask_files]
     joined = {weight: part.packed(weight) for part in parts for weight in part.names()}
     write_masks(run.folder / MASKS, joined, identity_of(run.model.decoder, name, sha256))
 

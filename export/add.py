@@ -93,7 +93,8 @@ def add_graphs(
     check_files(artifact, manifest, (f"{CHECKPOINT}/",))
     if dense is None and any(graph.dense for graph in missing):
         dense = _dense_model(manifest)
-    export_graphs(artifact, pruned, dense, missing, text, partial(_publish, artifact, pruned))
+    head_pruned = manifest.pruning.head is not None
+    export_graphs(artifact, pruned, dense, missing, text, partial(_publish, artifact, pruned), head_pruned)
 
 
 def _dense_model(manifest: Manifest) -> ModelFiles:

@@ -12,11 +12,10 @@ from pathlib import Path
 
 import torch
 
-from ..activations import measure_inputs
+from ..activations import measure_inputs, measure_rows
 from ..blocks import BlockModel
 from ..calibration import TokenWindows, calibration_windows
 from ..checkpoint import Checkpoint
-from ..gram import add_products, mirror
 from ..models import ModelFiles, load_tokenizer
 from .decoder import Weights
 from .gptq import rounded
@@ -123,11 +122,7 @@ class CalibratedWeights(Weights):
         rows = self._model.final_states(self._blocks.states(self._model.decoder.blocks))
         if self._inputs is not None:
             rows = map(partial(self._inputs.rounded, head), rows)
-        hidden = self._model.decoder.hidden
-        gram = torch.zeros(hidden, hidden, device=self._model.device)
-        for row in rows:
-            add_products(gram, row)
-        mirror(gram)
+        gram = measure_rows(rows, "gram")
         (quantized,) = _round([torch.from_numpy(self.linear(head))], gram, self._head_grid)
         return {head: quantized}
 

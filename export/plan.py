@@ -50,8 +50,8 @@ class Graph:
 
     @property
     def head_grid(self) -> Grid | None:
-        """DeepSparse runs 4 bits at the speed of 8, so its head, which is not pruned, has 8. (With 4, most of
-        its weights round to zero, and the engine's sparse kernel gets wide heads wrong for 64 tokens.)"""
+        """DeepSparse runs 4 bits at the speed of 8, so its head, which is seldom pruned, has 8. (With 4, most
+        of its weights round to zero, and the engine's sparse kernel gets wide heads wrong for 64 tokens.)"""
         return Grid(8) if self.int8_inputs else self.grid
 
     @property

@@ -53,12 +53,13 @@ class Source:
     """A checkpoint to export, and what is learnt from running it in torch (when first asked for).
 
     `text` is what quantization is measured on; None where no graph needs any. What an interrupted export
-    need not do again is stored in `work`.
+    need not do again is stored in `work`. `head_pruned` says that the head has zeros to keep, too.
     """
 
     files: ModelFiles
     text: TokenWindows | None
     work: Path
+    head_pruned: bool = False
     # By the share of an outlier that they move.
     smoothings: dict[float | None, Smoothing] = field(default_factory=dict)
 
@@ -151,17 +152,20 @@ def export_graphs(
     graphs: Sequence[Graph],
     text: TokenWindows | None,
     publish: Callable[[Path, Export], None] | None = None,
+    head_pruned: bool = False,
 ) -> tuple[Export, ...]:
     """Write and verify `graphs` below `artifact`, each in place of what is in its folder.
 
     `dense` is the unpruned model, needed for baselines only; `text` what graphs are quantized on, needed for
     those that read any (`Graph.reads_text`). `publish` gives a finished folder its final
-    name, as soon as it is verified. Raises VerificationError; whatever is raised, nothing is left of the
-    failing graph but, when it was interrupted, what it had measured and rounded, and what was there before it
-    still is.
+    name, as soon as it is verified. `head_pruned` says that the head's zeros must be in the graph as well.
+    Raises VerificationError; whatever is raised, nothing is left of the failing graph but, when it was
+    interrupted, what it had measured and rounded, and what was there before it still is.
     """
     work = artifact / FOLDER
-    sources = {False: Source(pruned, text, work)} | ({True: Source(dense, text, work)} if dense else {})
+    sources = {False: Source(pruned, text, work, head_pruned)}
+    if dense:
+        sources[True] = Source(dense, text, work)
 
     def put(folder: Path, export: Export) -> None:
         replace_folder(folder, artifact / export.path)
@@ -227,7 +231,7 @@ def _write_and_verify(folder: Path, checkpoint: Path, source: Source, graph: Gra
     ):
         scales = inputs.scales if inputs else None
         written = write_graph(folder, graph, weights, decoder, config, advance, kept, scales)
-        counted = count_zeros(written.model, weights, decoder)
+        counted = count_zeros(written.model, weights, decoder, source.head_pruned)
     write_companions(folder, checkpoint, config, graph.engine)
     if graph.engine != "llamacpp":
         check_structure(written.model, graph.engine)

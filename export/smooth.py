@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from ..blocks import Block, BlockModel
-from ..checkpoint import Checkpoint, StoredTensor
+from ..checkpoint import Checkpoint, StoredTensor, untied_checkpoint
 from ..families import Decoder, decoder_of
 from ..hidden import HiddenStates
 from ..models import ModelFiles
@@ -52,11 +52,9 @@ def smoothed_checkpoint(checkpoint: Checkpoint, decoder: Decoder, smoothing: Smo
 
     Its head is a tensor of its own, even where the embedding of the model serves as head.
     """
-    tensors = {name: checkpoint.stored(name) for name in checkpoint.names()}
-    head = f"{decoder.family.head}.weight"
-    tensors.setdefault(head, tensors[f"{decoder.family.embedding}.weight"])
+    untied = untied_checkpoint(checkpoint, decoder.family)
     return Checkpoint(
-        {name: _smoothed(name, stored, decoder, smoothing) for name, stored in tensors.items()},
+        {name: _smoothed(name, untied.stored(name), decoder, smoothing) for name in untied.names()},
         checkpoint.location,
     )
 

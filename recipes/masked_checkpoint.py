@@ -9,10 +9,17 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint import Checkpoint, open_checkpoint, shard_name, write_index, write_shard
+from ..checkpoint import (
+    Checkpoint,
+    open_checkpoint,
+    shard_name,
+    untied_checkpoint,
+    write_index,
+    write_shard,
+)
 from ..families import Outline
 from ..models import ModelFiles, load_config, load_tokenizer, resolve_model, save_tokenizer
-from ..outline import outline_of
+from ..outline import outline_of, untied_config
 from ..progress import progress
 from ..storage import new_folder, refuse_existing
 from .masks import apply_mask, identity_of, open_masks
@@ -41,6 +48,7 @@ class Applied:
 def apply_masks(masks: Path, model: str, output: Path, force: bool = False) -> Applied:
     """Write to the folder `output` the checkpoint `model` with every pruned weight set to zero.
 
+    Where the embedding serves as head and the masks have one for the head, it becomes a weight of its own.
     Holds one decoder block in memory. Raises UserError when the masks are for another model: another
     architecture, size, weight name or shape, or unrelated weights.
     """
@@ -49,6 +57,9 @@ def apply_masks(masks: Path, model: str, output: Path, force: bool = False) -> A
     decoder = outline_of(load_config(files))
     checkpoint = open_checkpoint(files)
     opened = open_masks(masks)
+    untied = decoder.tied_embeddings and f"{decoder.family.head}.weight" in opened.names()
+    if untied:
+        checkpoint = untied_checkpoint(checkpoint, decoder.family)
     opened.check_fits(
         identity_of(decoder, files.name, ""), {name: checkpoint.shape(name) for name in checkpoint.names()}
     )
@@ -67,6 +78,8 @@ def apply_masks(masks: Path, model: str, output: Path, force: bool = False) -> A
     with new_folder(output) as folder:
         _write_shards("Applying masks", checkpoint, decoder, folder, masked)
         _copy_companions(files, folder)
+        if untied:
+            untied_config(load_config(files)).save_pretrained(folder)
     sizes, pruned, zeroed = (sum(column) for column in zip(*counts, strict=True))
     return Applied(output, len(counts), sizes, pruned / sizes, zeroed)
 

@@ -338,6 +338,7 @@ def _per_block(asked: dict[str, float], decoder: Outline) -> tuple[float, ...]:
         sparsities.append(values.pop())
     if outside:
         raise UserError(
-            f"targets: {next(iter(outside))} is outside the decoder blocks; prune leaves it dense"
+            f"targets: {next(iter(outside))} is outside the decoder blocks; prune leaves it dense "
+            "(the head is pruned by its --head-sparsity)"
         )
     return tuple(sparsities)

@@ -33,11 +33,11 @@ def traffic(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
     config = load_config(files)
     weights = Weights(open_checkpoint(files), decoder_of(config))
 
-    def traffic(engine: str, precision: str, skipped: float = 0.0) -> Traffic:
+    def traffic(engine: str, precision: str, *skipped: float) -> Traffic:
         graph = Graph(engine, precision, True, "")  # type: ignore[arg-type]
         place = folder / f"{engine}-{precision}"
         written = write_graph(place, graph, weights, decoder_of(config), config, lambda: None)
-        return graph_traffic(written.model, decoder_of(config), skipped)
+        return graph_traffic(written.model, decoder_of(config), *skipped)
 
     return traffic
 
@@ -86,6 +86,14 @@ def test_skipped_weights_cost_one_bit_and_no_operation(traffic: Callable[..., Tr
     assert dense.weight_bytes - sparse.weight_bytes == pytest.approx(4 * pruned - pruned / 0.75 / 8)
     # Where the bits would cost more than the zeros, nothing is saved.
     assert traffic("deepsparse", "int8", 0.1).weight_bytes == traffic("deepsparse", "int8").weight_bytes
+
+
+def test_a_pruned_head_is_skipped_like_a_pruned_block(traffic: Callable[..., Traffic]) -> None:
+    dense, sparse = traffic("deepsparse", "fp32"), traffic("deepsparse", "fp32", 0.0, 0.75)
+    assert sparse.estimated
+    head = 512 * 64
+    assert dense.operations - sparse.operations == pytest.approx(2 * 0.75 * head)
+    assert dense.weight_bytes - sparse.weight_bytes == pytest.approx(4 * 0.75 * head - head / 8)
 
 
 def test_peak_rates_are_those_of_a_processor() -> None:

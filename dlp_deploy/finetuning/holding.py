@@ -16,10 +16,13 @@ from ..recipes.masks import Masks
 KEEP = "keep"
 
 
-def attach_masks(model: nn.Module, masks: Masks) -> None:
-    """Give each masked linear layer its keep-mask, a buffer "keep" uint8 [out, in] that is not saved."""
+def attach_masks(model: Any, masks: Masks) -> None:
+    """Give each masked linear layer its keep-mask, a buffer "keep" uint8 [out, in] that is not saved; but not
+    the head, which is not trained."""
     for name in masks.names():
         layer = model.get_submodule(name.removesuffix(".weight"))
+        if layer is model.get_output_embeddings():
+            continue
         layer.register_buffer(KEEP, masks.mask(name).to(torch.uint8), persistent=False)
 
 
@@ -33,7 +36,7 @@ def masked_layers(model: nn.Module) -> Iterator[nn.Linear]:
 def train_blocks(model: nn.Module, family: Family) -> None:
     """Let everything in the decoder blocks and the final norm be trained: linear layers, biases, norms.
 
-    Embedding and head stay as they are. They were not pruned, and tuning them on little text costs more
+    Embedding and head stay as they are. They are seldom pruned, and tuning them on little text costs more
     (a step over the whole vocabulary) than it recovers.
     """
     for name, parameter in model.named_parameters():

@@ -13,6 +13,7 @@ from ..artifact import (
     MASKS,
     BlockSparsity,
     Finetuning,
+    HeadSparsity,
     Pruning,
     Source,
     check_files,
@@ -144,7 +145,17 @@ def _found(model: BlockModel, masks: Masks) -> Pruning:
             for index, share in enumerate(sparsities)
         ),
         calibration=None,
+        head=_found_head(model, masks),
     )
+
+
+def _found_head(model: BlockModel, masks: Masks) -> HeadSparsity | None:
+    name = f"{model.decoder.family.head}.weight"
+    if name not in masks.names():
+        return None
+    keep = masks.mask(name)
+    share = _pruned(keep) / keep.numel()
+    return HeadSparsity(asked=share, measured=share, weights=keep.numel(), untied=False)
 
 
 def _pruned(keep: torch.Tensor) -> int:
