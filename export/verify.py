@@ -85,8 +85,8 @@ def count_zeros(model: Path, weights: Weights, decoder: Outline, with_head: bool
 
     Raises VerificationError naming the layer in which a pruned weight is not exactly zero.
     """
-    *blocks, head = decoder.linear_groups()
-    expected = {layer for group in (*blocks, *((head,) if with_head else ())) for layer in group}
+    groups = decoder.linear_groups()
+    expected = {layer for group in (groups if with_head else groups[:-1]) for layer in group}
     total = pruned = zeros = 0
     found = _gguf_zeros if model.suffix == ".gguf" else _onnx_zeros
     for layer, graph_zero, source_zero in found(model, weights, decoder, frozenset(expected)):
@@ -94,7 +94,7 @@ def count_zeros(model: Path, weights: Weights, decoder: Outline, with_head: bool
         if lost:
             raise VerificationError(f"{model}: {lost} pruned weights of {layer} are no longer zero")
         expected.discard(layer)
-        if layer in head:
+        if layer == decoder.family.head:
             continue
         total += source_zero.size
         pruned += int(source_zero.sum())
